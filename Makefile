@@ -1,0 +1,56 @@
+# Every target does its own set-up. PYTHON must be 3.12 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := .peers
+PEERS_PYTHON ?= python3.11
+export JAX_PLATFORMS ?= cpu
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: setup run test test-all lint format bench peers golden clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "olmax needs Python 3.12 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: setup
+	$(BIN)/python -m experiments.olmo2 all --preset tiny
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m ''
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup peers
+	$(BIN)/python -m experiments.olmo2.benchmark
+
+# The reference implementations run in an environment of their own: Python 3.11, CPU torch, transformers.
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: peers-requirements.txt
+	@$(PEERS_PYTHON) -c 'import sys' || { echo "the peers environment needs Python 3.11 (make peers PEERS_PYTHON=...)"; exit 2; }
+	$(PEERS_PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -r peers-requirements.txt
+	@touch $@
+
+golden: peers
+	$(PEERS)/bin/python tests/interop/make_golden.py
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Kernels as pure functions on arrays. This package imports jax only, nothing of olmax."""

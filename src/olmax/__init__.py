@@ -1,0 +1,13 @@
+"""olmax: fully open language and vision-language models in JAX.
+
+`import olmax` is cheap: jax, flax and tensorflow are imported by the parts that need them.
+"""
+
+__version__ = "0.1.0"
+
+
+def load(path: str, dtype: str = "float32", **kwargs):
+    """Loads a model for scoring, generation and logits; see `olmax.pretrained.load`."""
+    from olmax import pretrained
+
+    return pretrained.load(path, dtype=dtype, **kwargs)

@@ -1,0 +1,17 @@
+"""Flax NNX models and their configurations. No mesh, no files, no optimiser."""
+
+from olmax.models.config import DecoderConfig, Execution, Llama3RopeScaling
+from olmax.models.decoder import Decoder
+from olmax.models.kv_cache import KVCache, init_cache
+from olmax.models.presets import PRESETS, get_preset
+
+__all__ = [
+    "PRESETS",
+    "Decoder",
+    "DecoderConfig",
+    "Execution",
+    "KVCache",
+    "Llama3RopeScaling",
+    "get_preset",
+    "init_cache",
+]

@@ -1,0 +1,112 @@
+"""Self-attention: fused qkv projection, optional full-width QK-norm, RoPE, grouped heads, optional
+KV cache.
+"""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.attention import attention
+from olmax.models import parameters
+from olmax.models.annotations import annotate
+from olmax.models.config import DecoderConfig, Execution
+from olmax.models.linear import project
+from olmax.models.norm import RMSNorm
+from olmax.models.rope import apply_rope
+
+# Slices of one layer's cache (k_BSKH, v_BSKH) with the slot the new tokens start at.
+LayerCache = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention of every layer (parameters stacked on the leading `stack`
+    dimensions).
+    """
+
+    def __init__(self, config: DecoderConfig, execution: Execution, *, stack=(), rngs: nnx.Rngs):
+        self.config = config
+        self.execution = execution
+        d, k, g, h = config.d_model, config.n_kv_heads, config.group_size, config.head_dim
+        dtype = execution.param_dtype
+        if config.init == "scaled":
+            in_std, out_std = (
+                parameters.fan_in_std(d),
+                parameters.depth_scaled_std(d, config.n_layers, len(stack) + 4),
+            )
+        else:
+            in_std = out_std = config.init_std
+        self.qkv = parameters.param(
+            rngs,
+            parameters.truncated_normal(in_std),
+            [*stack, (d, "embed"), (k, "kv_heads"), (g + 2, None), (h, None)],
+            dtype,
+        )
+        self.out = parameters.param(
+            rngs,
+            parameters.truncated_normal(out_std),
+            [*stack, (k, "kv_heads"), (g, None), (h, None), (d, "embed")],
+            dtype,
+        )
+        if config.qk_norm == "full":
+            norm = dict(eps=config.norm_eps, stack=stack, param_dtype=dtype, rngs=rngs)
+            self.q_norm = RMSNorm([(k, "kv_heads"), (g, None), (h, None)], **norm)
+            self.k_norm = RMSNorm([(k, "kv_heads"), (h, None)], **norm)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        segment_ids_BL: jax.Array | None = None,
+        kv_segment_ids_BS: jax.Array | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Attention output [B, L, D], and the updated (k, v) of the layer's cache when there is
+        one.
+        """
+        g = self.config.group_size
+        batch, length, _ = x_BLD.shape
+        qkv_BLKCH = project(x_BLD, self.qkv[...])
+        qkv_BLKCH = checkpoint_name(qkv_BLKCH, "qkv")
+        qkv_BLKCH = annotate(qkv_BLKCH, ("batch", "length", "kv_heads", None, None))
+        q_BLKGH, k_BLKH, v_BLKH = (
+            qkv_BLKCH[..., :g, :],
+            qkv_BLKCH[..., g, :],
+            qkv_BLKCH[..., g + 1, :],
+        )
+        if self.config.qk_norm == "full":
+            q_BLKGH, k_BLKH = self.q_norm(q_BLKGH), self.k_norm(k_BLKH)
+        q_BLQH = apply_rope(q_BLKGH.reshape(batch, length, self.config.n_heads, -1), *rotation)
+        k_BLKH = apply_rope(k_BLKH, *rotation)
+
+        updated = None
+        q_offset = 0
+        if cache is not None:
+            k_BSKH, v_BSKH, q_offset = cache
+            k_BLKH = jax.lax.dynamic_update_slice_in_dim(
+                k_BSKH, k_BLKH.astype(k_BSKH.dtype), q_offset, axis=1
+            )
+            v_BLKH = jax.lax.dynamic_update_slice_in_dim(
+                v_BSKH, v_BLKH.astype(v_BSKH.dtype), q_offset, axis=1
+            )
+            updated = (k_BLKH, v_BLKH)
+            k_BLKH, v_BLKH = k_BLKH.astype(q_BLQH.dtype), v_BLKH.astype(q_BLQH.dtype)
+        else:
+            # Under context parallelism queries stay cut along the sequence and every device sees
+            # all keys.
+            k_BLKH = annotate(k_BLKH, ("batch", None, "kv_heads", None))
+            v_BLKH = annotate(v_BLKH, ("batch", None, "kv_heads", None))
+
+        o_BLQH = attention(
+            q_BLQH,
+            k_BLKH,
+            v_BLKH,
+            causal=True,
+            q_offset=q_offset,
+            q_segment_ids=segment_ids_BL,
+            kv_segment_ids=segment_ids_BL if kv_segment_ids_BS is None else kv_segment_ids_BS,
+            implementation=self.execution.attention,
+        )
+        o_BLKGH = o_BLQH.reshape(batch, length, self.config.n_kv_heads, g, self.config.head_dim)
+        o_BLKGH = checkpoint_name(o_BLKGH, "attention_output")
+        o_BLKGH = annotate(o_BLKGH, ("batch", "length", "kv_heads", None, None))
+        return project(o_BLKGH, self.out[...], contract=3), updated

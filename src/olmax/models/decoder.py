@@ -1,0 +1,238 @@
+"""The dense decoder: OLMo 2, Llama 2 and Llama 3.1 as configurations of one module."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from olmax.models import parameters
+from olmax.models.annotations import annotate
+from olmax.models.attention import Attention, LayerCache
+from olmax.models.config import DecoderConfig, Execution, RematPolicy
+from olmax.models.kv_cache import KVCache
+from olmax.models.mlp import MLP
+from olmax.models.norm import RMSNorm
+from olmax.models.rope import inverse_frequencies, rotation
+
+
+class Block(nnx.Module):
+    """One transformer layer, or all of them stacked on the leading `stack` dimensions."""
+
+    def __init__(self, config: DecoderConfig, execution: Execution, *, stack=(), rngs: nnx.Rngs):
+        self.norm_position = config.norm_position
+        norm = dict(eps=config.norm_eps, stack=stack, param_dtype=execution.param_dtype, rngs=rngs)
+        self.attention = Attention(config, execution, stack=stack, rngs=rngs)
+        self.attention_norm = RMSNorm([(config.d_model, None)], **norm)
+        self.mlp = MLP(config, execution, stack=stack, rngs=rngs)
+        self.mlp_norm = RMSNorm([(config.d_model, None)], **norm)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        segment_ids_BL: jax.Array | None = None,
+        kv_segment_ids_BS: jax.Array | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        attend = functools.partial(
+            self.attention,
+            rotation=rotation,
+            segment_ids_BL=segment_ids_BL,
+            kv_segment_ids_BS=kv_segment_ids_BS,
+            cache=cache,
+        )
+        if self.norm_position == "output":
+            y_BLD, updated = attend(x_BLD)
+            x_BLD = x_BLD + self.attention_norm(y_BLD)
+            x_BLD = annotate(x_BLD, ("batch", "length", None))
+            x_BLD = x_BLD + self.mlp_norm(self.mlp(x_BLD))
+        else:
+            y_BLD, updated = attend(self.attention_norm(x_BLD))
+            x_BLD = x_BLD + y_BLD
+            x_BLD = annotate(x_BLD, ("batch", "length", None))
+            x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD))
+        return annotate(x_BLD, ("batch", "length", None)), updated
+
+
+class Embedder(nnx.Module):
+    """Token embedding; also the head of a model with tied embeddings."""
+
+    def __init__(self, config: DecoderConfig, execution: Execution, *, rngs: nnx.Rngs):
+        self.compute_dtype = jnp.dtype(execution.compute_dtype)
+        self.embedding = parameters.param(
+            rngs,
+            parameters.truncated_normal(config.init_std),
+            [(config.vocab_size, "vocab"), (config.d_model, "embed")],
+            execution.param_dtype,
+        )
+
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        # Gathered along the width first: looking rows up in a matrix cut both ways would replicate
+        # the result.
+        embedding_VD = annotate(self.embedding[...], ("vocab", None))
+        x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0, mode="clip").astype(self.compute_dtype)
+        return annotate(x_BLD, ("batch", "length", None))
+
+
+class Head(nnx.Module):
+    """Untied output projection to the vocabulary."""
+
+    def __init__(self, config: DecoderConfig, execution: Execution, *, rngs: nnx.Rngs):
+        self.kernel = parameters.param(
+            rngs,
+            parameters.truncated_normal(config.init_std),
+            [(config.d_model, "embed"), (config.vocab_size, "vocab")],
+            execution.param_dtype,
+        )
+
+
+class Decoder(nnx.Module):
+    """Decoder-only transformer.
+
+    The pieces are public so that other models can be built around them: `embedder` maps tokens to
+    inputs, `trunk` runs the layers on any input [B, L, D] (a vision-language model mixes image
+    features in before it), `head_kernel` is the matrix the loss and the logits use.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, execution: Execution = Execution(), *, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.execution = execution
+        self.embedder = Embedder(config, execution, rngs=rngs)
+        self.blocks = Block(config, execution, stack=[(config.n_layers, "layers")], rngs=rngs)
+        self.final_norm = RMSNorm(
+            [(config.d_model, None)],
+            eps=config.norm_eps,
+            param_dtype=execution.param_dtype,
+            rngs=rngs,
+        )
+        if not config.tie_embeddings:
+            self.head = Head(config, execution, rngs=rngs)
+
+    def head_kernel(self) -> jax.Array:
+        """Output matrix [D, V] in the parameter dtype."""
+        return (
+            self.embedder.embedding[...].T if self.config.tie_embeddings else self.head.kernel[...]
+        )
+
+    def hidden(
+        self,
+        tokens_BL: jax.Array,
+        *,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normed final hidden states [B, L, D] of `tokens_BL`, in the compute dtype."""
+        x_BLD, _ = self.trunk(
+            self.embedder(tokens_BL), positions_BL=positions_BL, segment_ids_BL=segment_ids_BL
+        )
+        return x_BLD
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """float32 logits [B, L, V] of hidden states."""
+        kernel_DV = self.head_kernel().astype(hidden_BLD.dtype)
+        logits_BLV = jnp.matmul(hidden_BLD, kernel_DV, preferred_element_type=jnp.float32)
+        return annotate(logits_BLV, ("batch", "length", "vocab"))
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        *,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """float32 logits [B, L, V].
+
+        Args:
+          tokens_BL: int32 token ids.
+          positions_BL: int32 RoPE positions; 0, 1, ... when None.
+          segment_ids_BL: int32; tokens attend only within equal, non-zero ids. None: plain causal
+            attention over the
+            whole row, documents included (OLMo 2's training).
+        """
+        return self.logits(
+            self.hidden(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
+        )
+
+    def decode(
+        self,
+        tokens_BL: jax.Array,
+        cache: KVCache,
+        *,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """Appends tokens to the cache and returns (hidden [B, L, D], the grown cache).
+
+        `segment_ids_BL` is 1 for real tokens and 0 for left padding; `positions_BL` counts real
+        tokens only. The caller keeps `cache.length + L` within the capacity.
+        """
+        segments_BS = jax.lax.dynamic_update_slice_in_dim(
+            cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), cache.length, axis=1
+        )
+        cache = dataclasses.replace(cache, segment_ids_BS=segments_BS)
+        x_BLD, cache = self.trunk(
+            self.embedder(tokens_BL),
+            positions_BL=positions_BL,
+            segment_ids_BL=segment_ids_BL,
+            cache=cache,
+        )
+        assert cache is not None
+        return x_BLD, cache
+
+    def trunk(
+        self,
+        x_BLD: jax.Array,
+        *,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """All layers and the final norm on inputs [B, L, D]."""
+        batch, length, _ = x_BLD.shape
+        if positions_BL is None:
+            positions_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        inv_freq = inverse_frequencies(
+            self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        )
+        cos_sin = rotation(positions_BL, inv_freq)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x_BLD, scanned):
+            params, layer_cache = scanned
+            block = nnx.merge(graphdef, params)
+            return block(
+                x_BLD,
+                cos_sin,
+                segment_ids_BL,
+                None if cache is None else cache.segment_ids_BS,
+                None if cache is None else (*layer_cache, cache.length),
+            )
+
+        layer = rematerialise(layer, self.execution.remat)
+        layer_caches = None if cache is None else (cache.k_NBSKH, cache.v_NBSKH)
+        unroll = self.config.n_layers if self.execution.unroll_layers else 1
+        x_BLD, updated = jax.lax.scan(layer, x_BLD, (stacked, layer_caches), unroll=unroll)
+        if cache is not None:
+            k_NBSKH, v_NBSKH = updated
+            cache = dataclasses.replace(
+                cache, k_NBSKH=k_NBSKH, v_NBSKH=v_NBSKH, length=cache.length + length
+            )
+        return self.final_norm(x_BLD), cache
+
+
+def rematerialise(fn, policy: RematPolicy):
+    """`fn` under the named rematerialisation policy (see `Execution.remat`)."""
+    if policy == "none":
+        return fn
+    policies = {
+        "full": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "projections": jax.checkpoint_policies.save_only_these_names("qkv", "attention_output"),
+    }
+    # Inside a scan the compiler cannot merge the recomputation away, so the costly CSE barrier is
+    # not needed.
+    return jax.checkpoint(fn, policy=policies[policy], prevent_cse=False)
