@@ -1,5 +1,5 @@
 """Scaled dot-product attention with causal and segment masks and grouped heads."""
 
-from kernels_pallas.attention.api import IMPLEMENTATIONS, attention
+from kernels_pallas.attention.api import IMPLEMENTATIONS, PER_DEVICE, attention, choose
 
-__all__ = ["IMPLEMENTATIONS", "attention"]
+__all__ = ["IMPLEMENTATIONS", "PER_DEVICE", "attention", "choose"]

@@ -2,9 +2,29 @@
 
 import jax
 
-from kernels_pallas.attention import blocked, reference
+from kernels_pallas.attention import blocked, reference, splash
 
-IMPLEMENTATIONS = {"reference": reference.attention, "blocked": blocked.attention}
+IMPLEMENTATIONS = {
+    "reference": reference.attention,
+    "blocked": blocked.attention,
+    "splash": splash.attention,
+}
+
+PER_DEVICE = frozenset({"splash"})
+"""Implementations the compiler cannot cut over a mesh: sharded callers use `jax.shard_map`."""
+
+
+def choose(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, causal: bool, q_offset: jax.Array | int
+) -> str:
+    """The best implementation for these arguments on the default backend."""
+    if not isinstance(q_offset, int):
+        return "reference"
+    if jax.default_backend() == "tpu" and not splash.unsupported(
+        q_shape, k_shape, causal=causal, q_offset=q_offset
+    ):
+        return "splash"
+    return "blocked"
 
 
 def attention(
@@ -31,7 +51,7 @@ def attention(
         length). q_segment_ids, kv_segment_ids: int32 [B, L] and [B, S], both or neither. A query
         sees keys of its own segment only;
         segment 0 is padding: it sees nothing and gives zeros.
-      implementation: `reference`, `blocked`, or None for the best one here.
+      implementation: `reference`, `blocked`, `splash` (TPU), or None for the best one here.
 
     Returns:
       [B, L, Q, H] in q's dtype.
@@ -59,7 +79,7 @@ def attention(
             raise ValueError(f"attention: {name} has shape {ids.shape}, expected {shape}")
     static_offset = isinstance(q_offset, int)
     if implementation is None:
-        implementation = "blocked" if static_offset else "reference"
+        implementation = choose(q.shape, k.shape, causal=causal, q_offset=q_offset)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention: unknown implementation {implementation!r}; there are {sorted(IMPLEMENTATIONS)}"

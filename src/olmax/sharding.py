@@ -223,15 +223,23 @@ def use_mesh(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         yield
         return
 
-    def constrain(x: jax.Array, axes: annotations.Axes) -> jax.Array:
-        spec = rules.spec(axes)
-        fitting = [
-            entry if dim % _size(mesh, entry) == 0 else None
-            for dim, entry in zip(x.shape, spec, strict=True)
-        ]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fitting)))
+    def fitting(shape: Sequence[int], axes: annotations.Axes) -> PartitionSpec:
+        # A dimension that the mesh does not divide (a single prompt, say) stays whole.
+        entries = zip(shape, rules.spec(axes), strict=True)
+        return PartitionSpec(
+            *(entry if dim % _size(mesh, entry) == 0 else None for dim, entry in entries)
+        )
 
-    with annotations.annotator(constrain):
+    def constrain(x: jax.Array, axes: annotations.Axes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(x.shape, axes)))
+
+    def per_device(fn, axes: Sequence[annotations.Axes], *arrays: jax.Array) -> jax.Array:
+        specs = tuple(fitting(x.shape, names) for x, names in zip(arrays, axes, strict=True))
+        # Kernels carry no information on what varies over the mesh, so it cannot be checked.
+        mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+        return mapped(*arrays)
+
+    with annotations.placed(annotations.Placement(constrain, per_device)):
         yield
 
 

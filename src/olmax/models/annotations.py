@@ -1,19 +1,32 @@
 """Where a model says what its activations are, without knowing any mesh.
 
 `annotate(x, axes)` names the logical axes of an activation. Outside a mesh it returns `x`
-unchanged; inside `olmax.sharding.use_mesh` it becomes a sharding constraint.
+unchanged; inside `olmax.sharding.use_mesh` it becomes a sharding constraint. `per_device` says that
+a function works on each device's part alone.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
 Axes = tuple[str | None, ...]
 
-_annotator: contextvars.ContextVar[Callable[[jax.Array, Axes], jax.Array] | None] = (
-    contextvars.ContextVar("annotator", default=None)
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What the annotations mean on a mesh."""
+
+    constrain: Callable[[jax.Array, Axes], jax.Array]
+    """Constrains an activation with these logical axes."""
+    per_device: Callable[..., jax.Array]
+    """`(fn, axes, *arrays)`: applies `fn` on every device to its part of the arrays."""
+
+
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
+    "placement", default=None
 )
 
 
@@ -21,15 +34,27 @@ def annotate(x: jax.Array, axes: Axes) -> jax.Array:
     """Names the logical axes of `x` (one entry a dimension, None for an axis that is never
     sharded).
     """
-    annotator = _annotator.get()
-    return x if annotator is None else annotator(x, axes)
+    placement = _placement.get()
+    return x if placement is None else placement.constrain(x, axes)
+
+
+def per_device(fn: Callable[..., jax.Array], axes: Sequence[Axes], *arrays: jax.Array) -> jax.Array:
+    """`fn(*arrays)` where `fn` is a program of one device, such as a Pallas kernel.
+
+    Args:
+      fn: must treat every index of the sharded axes alike. Its result has the axes of its first
+        argument.
+      axes: logical axes of each array.
+    """
+    placement = _placement.get()
+    return fn(*arrays) if placement is None else placement.per_device(fn, axes, *arrays)
 
 
 @contextlib.contextmanager
-def annotator(fn: Callable[[jax.Array, Axes], jax.Array]) -> Iterator[None]:
-    """Installs `fn` as what `annotate` calls inside this context."""
-    token = _annotator.set(fn)
+def placed(placement: Placement) -> Iterator[None]:
+    """Installs what the annotations mean inside this context."""
+    token = _placement.set(placement)
     try:
         yield
     finally:
-        _annotator.reset(token)
+        _placement.reset(token)

@@ -6,16 +6,17 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import PER_DEVICE, attention, choose
 from olmax.models import parameters
-from olmax.models.annotations import annotate
+from olmax.models.annotations import annotate, per_device
 from olmax.models.config import DecoderConfig, Execution
 from olmax.models.linear import project
 from olmax.models.norm import RMSNorm
 from olmax.models.rope import apply_rope
 
-# Slices of one layer's cache (k_BSKH, v_BSKH) with the slot the new tokens start at.
-LayerCache = tuple[jax.Array, jax.Array, jax.Array]
+# One layer's cache (k_BSKH, v_BSKH) with the slot the new tokens start at, a Python int where it is
+# known at compile time.
+LayerCache = tuple[jax.Array, jax.Array, jax.Array | int]
 
 
 class Attention(nnx.Module):
@@ -89,6 +90,11 @@ class Attention(nnx.Module):
                 v_BSKH, v_BLKH.astype(v_BSKH.dtype), q_offset, axis=1
             )
             updated = (k_BLKH, v_BLKH)
+            if isinstance(q_offset, int):
+                # Slots behind the new tokens are empty.
+                k_BLKH, v_BLKH = k_BLKH[:, : q_offset + length], v_BLKH[:, : q_offset + length]
+                if kv_segment_ids_BS is not None:
+                    kv_segment_ids_BS = kv_segment_ids_BS[:, : q_offset + length]
             k_BLKH, v_BLKH = k_BLKH.astype(q_BLQH.dtype), v_BLKH.astype(q_BLQH.dtype)
         else:
             # Under context parallelism queries stay cut along the sequence and every device sees
@@ -96,17 +102,41 @@ class Attention(nnx.Module):
             k_BLKH = annotate(k_BLKH, ("batch", None, "kv_heads", None))
             v_BLKH = annotate(v_BLKH, ("batch", None, "kv_heads", None))
 
-        o_BLQH = attention(
-            q_BLQH,
-            k_BLKH,
-            v_BLKH,
-            causal=True,
-            q_offset=q_offset,
-            q_segment_ids=segment_ids_BL,
-            kv_segment_ids=segment_ids_BL if kv_segment_ids_BS is None else kv_segment_ids_BS,
-            implementation=self.execution.attention,
-        )
-        o_BLKGH = o_BLQH.reshape(batch, length, self.config.n_kv_heads, g, self.config.head_dim)
+        if kv_segment_ids_BS is None:
+            kv_segment_ids_BS = segment_ids_BL
+        o_BLKGH = self._attend(q_BLQH, k_BLKH, v_BLKH, q_offset, segment_ids_BL, kv_segment_ids_BS)
         o_BLKGH = checkpoint_name(o_BLKGH, "attention_output")
         o_BLKGH = annotate(o_BLKGH, ("batch", "length", "kv_heads", None, None))
         return project(o_BLKGH, self.out[...], contract=3), updated
+
+    def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, q_segment_ids, kv_segment_ids):
+        """Causal attention by the implementation chosen, per device where it must be."""
+        implementation = self.execution.attention
+        if implementation is None or not isinstance(q_offset, int):
+            # Decoding at a place known only at run time is beyond most implementations.
+            implementation = choose(q_BLQH.shape, k_BSKH.shape, causal=True, q_offset=q_offset)
+
+        def attend(q_BLKGH, k_BSKH, v_BSKH, *segment_ids):
+            batch, length, k, g, h = q_BLKGH.shape
+            o_BLQH = attention(
+                q_BLKGH.reshape(batch, length, k * g, h),
+                k_BSKH,
+                v_BSKH,
+                causal=True,
+                q_offset=q_offset,
+                q_segment_ids=segment_ids[0] if segment_ids else None,
+                kv_segment_ids=segment_ids[1] if segment_ids else None,
+                implementation=implementation,
+            )
+            return o_BLQH.reshape(q_BLKGH.shape)
+
+        # Grouped, so that query heads are never cut away from their key heads.
+        q_BLKGH = q_BLQH.reshape(*q_BLQH.shape[:2], k_BSKH.shape[2], -1, q_BLQH.shape[3])
+        arrays = (q_BLKGH, k_BSKH, v_BSKH)
+        axes = [("batch", None, "kv_heads", None, None), *[("batch", None, "kv_heads", None)] * 2]
+        if q_segment_ids is not None:
+            arrays += (q_segment_ids, kv_segment_ids)
+            axes += [("batch", None)] * 2
+        if implementation in PER_DEVICE:
+            return per_device(attend, axes, *arrays)
+        return attend(*arrays)

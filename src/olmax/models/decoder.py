@@ -164,11 +164,13 @@ class Decoder(nnx.Module):
         *,
         positions_BL: jax.Array,
         segment_ids_BL: jax.Array,
+        empty: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Appends tokens to the cache and returns (hidden [B, L, D], the grown cache).
 
         `segment_ids_BL` is 1 for real tokens and 0 for left padding; `positions_BL` counts real
-        tokens only. The caller keeps `cache.length + L` within the capacity.
+        tokens only. The caller keeps `cache.length + L` within the capacity. `empty` says that the
+        cache is, so that a prompt attends to itself alone, in blocks.
         """
         segments_BS = jax.lax.dynamic_update_slice_in_dim(
             cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), cache.length, axis=1
@@ -179,9 +181,35 @@ class Decoder(nnx.Module):
             positions_BL=positions_BL,
             segment_ids_BL=segment_ids_BL,
             cache=cache,
+            cache_is_empty=empty,
         )
         assert cache is not None
         return x_BLD, cache
+
+    def layer_outputs(self, x_BLD: jax.Array, offsets_NBLD: jax.Array | None = None) -> jax.Array:
+        """Hidden states [N, B, L, D] after every layer, for studies of the network itself.
+
+        Args:
+          x_BLD: inputs, such as `embedder(tokens_BL)`.
+          offsets_NBLD: added to every layer's output; the gradient with respect to zeros here is
+            the gradient with respect to the hidden states.
+        """
+        batch, length, _ = x_BLD.shape
+        positions_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        inv_freq = inverse_frequencies(
+            self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
+        )
+        cos_sin = rotation(positions_BL, inv_freq)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x_BLD, scanned):
+            params, offset_BLD = scanned
+            x_BLD, _ = nnx.merge(graphdef, params)(x_BLD, cos_sin)
+            if offset_BLD is not None:
+                x_BLD = x_BLD + offset_BLD
+            return x_BLD, x_BLD
+
+        return jax.lax.scan(layer, x_BLD, (stacked, offsets_NBLD))[1]
 
     def trunk(
         self,
@@ -190,6 +218,7 @@ class Decoder(nnx.Module):
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
         cache: KVCache | None = None,
+        cache_is_empty: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """All layers and the final norm on inputs [B, L, D]."""
         batch, length, _ = x_BLD.shape
@@ -201,6 +230,8 @@ class Decoder(nnx.Module):
         cos_sin = rotation(positions_BL, inv_freq)
         graphdef, stacked = nnx.split(self.blocks)
 
+        start = 0 if cache is None or cache_is_empty else cache.length
+
         def layer(x_BLD, scanned):
             params, layer_cache = scanned
             block = nnx.merge(graphdef, params)
@@ -209,7 +240,7 @@ class Decoder(nnx.Module):
                 cos_sin,
                 segment_ids_BL,
                 None if cache is None else cache.segment_ids_BS,
-                None if cache is None else (*layer_cache, cache.length),
+                None if cache is None else (*layer_cache, start),
             )
 
         layer = rematerialise(layer, self.execution.remat)
