@@ -70,8 +70,7 @@ def test_arithmetic_is_right_and_repeatable():
 
 def test_arithmetic_is_the_same_everywhere():
     assert problem(0, 0) == (
-        PROBLEM_0
+        "Question: Fatou has 5 books. Dina gives Fatou 2 more. "
+        "How many books does Fatou have now?\n"
+        "Answer: Fatou has 5 + 2 = 7 books.\n#### 7\n"
     )
-
-
-PROBLEM_0 = ""

@@ -49,6 +49,11 @@ def _ids(loader, batches):
         return [next(loader)["tokens"][:, 0].tolist() for _ in range(batches)]
 
 
+def _joined(hosts):
+    """The global batches whose rows the hosts hold."""
+    return [list(itertools.chain(*rows)) for rows in zip(*hosts, strict=True)]
+
+
 def test_an_epoch_has_every_instance_once_and_the_next_is_another_order():
     ids = list(itertools.chain(*_ids(_loader(batch_size=1), 74)))
     everything = sorted([*range(23), *range(1000, 1014)])
@@ -80,7 +85,7 @@ def test_hosts_share_each_batch(hosts, weights):
     parts = [
         _ids(_loader(weights=weights, host_index=h, host_count=hosts), 15) for h in range(hosts)
     ]
-    assert [sum(rows, []) for rows in zip(*parts, strict=True)] == whole
+    assert _joined(parts) == whole
 
 
 @pytest.mark.parametrize("step", [0, 1, 7, 19])
@@ -99,7 +104,7 @@ def test_resume_at_any_step_on_another_number_of_hosts(step, weights):
         resumed.set_state(state)
         assert resumed.examples == 4 * step
         parts.append(_ids(resumed, 25 - step))
-    assert [sum(rows, []) for rows in zip(*parts, strict=True)] == whole[step:]
+    assert _joined(parts) == whole[step:]
 
 
 def test_state_does_not_count_what_was_only_read_ahead():
@@ -212,9 +217,7 @@ def test_repetitions_take_no_part_in_the_loss():
     source = _Rows("a", 2)
     source._tokens = np.array([[1, 2, 1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8]], np.uint16)
     repetition = RepetitionFilter(1, 2, 4)
-    with _loader(
-        [source], batch_size=2, shuffle=False, repetition_filter=repetition
-    ) as loader:
+    with _loader([source], batch_size=2, shuffle=False, repetition_filter=repetition) as loader:
         assert next(loader)["loss_mask"].tolist() == [[False] * LENGTH, [True] * LENGTH]
     with _loader([source], batch_size=2, repetition_filter=None) as loader:
         assert next(loader)["loss_mask"].all()

@@ -33,7 +33,8 @@ def _fails(path, content, message, **options):
         ("a.jsonl.gz", gzip.compress),
         ("a.json.gz", gzip.compress),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress),
-        ("a.jsonl.zst", lambda b: zstandard.ZstdCompressor().compress(b[:50]) + zstandard.compress(b[50:])),
+        # Two frames, as parallel compressors write them.
+        ("a.jsonl.zst", lambda b: zstandard.compress(b[:50]) + zstandard.compress(b[50:])),
     ],
 )  # fmt: skip
 def test_json_lines(tmp_path, name, pack):

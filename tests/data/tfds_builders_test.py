@@ -32,8 +32,8 @@ def manual_dir(tmp_path_factory):
     return root
 
 
-def _build(name, manual_dir, data_dir):
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+def _build(name, manual_dir, data_dir, file_format="array_record"):
+    builder = tfds.builder(name, data_dir=data_dir, file_format=file_format)
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
     )
@@ -65,10 +65,13 @@ def test_from_files_through_array_record_to_training_shards(manual_dir, tmp_path
 def test_folders_with_hyphens_and_seqio_tasks(manual_dir, tmp_path):
     import seqio
 
-    _build("olmo_mix_1124/open_web_math", manual_dir, tmp_path)
+    builder = _build("olmo_mix_1124/open_web_math", manual_dir, tmp_path, "tfrecord")
+    assert [d.text for d in tfds_builders.document_source(builder).read()] == [
+        r["text"] for r in RECORDS[:3]
+    ]
     tokenizer = train_bpe([r["text"] for r in RECORDS], vocab_size=300)
     mixtures.register(tokenizer, mixes=["olmo_mix_1124"], data_dir=str(tmp_path))
-    task = seqio.TaskRegistry.get("olmo_mix_1124.open-web-math")
+    task = seqio.TaskRegistry.get("olmo_mix_1124.open_web_math")
     rows = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
     assert [tokenizer.decode(row["targets"][:-1]) for row in rows] == [
         r["text"] for r in RECORDS[:3]

@@ -23,7 +23,11 @@ GOLDEN = {
     "|||EMAIL_ADDRESS|||": [100262],
     "  ": [256],
 }
-TEXTS = ["the cat sat on the mat, 12345 times\n", "def f(x):\n    return x + 1\n", "Größe 日本語"] * 20
+TEXTS = [
+    "the cat sat on the mat, 12345 times\n",
+    "def f(x):\n    return x + 1\n",
+    "Größe 日本語",
+] * 20
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def test_training_gives_the_same_ids_in_another_process(small):
 
 
 def test_too_small_a_vocabulary_is_refused():
-    with pytest.raises(UserError, match="257 is too small.*258"):
+    with pytest.raises(UserError, match=r"257 is too small.*258"):
         train_bpe(TEXTS, vocab_size=257)
 
 

@@ -104,7 +104,7 @@ def test_dtypes(checkpoint, stored, target):
 
 
 @pytest.mark.parametrize("name", ["olmo2_gqa", "llama_scaled_tied"])
-@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8"])
+@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"])
 def test_straight_into_a_mesh(checkpoints, monkeypatch, name, mesh):
     # Blocks of a few rows, so that their edges do not fall on those of the shards.
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 5000)

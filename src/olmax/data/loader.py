@@ -221,8 +221,7 @@ class DataLoader(Iterator[dict[str, np.ndarray]]):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _read_batch(self, first: int) -> dict[str, np.ndarray] | None:
-        """This host's rows of the global batch that begins with example `first`; None after the
-        end."""
+        """This host's rows of the global batch that begins at `first`; None after the end."""
         options = self.options
         total = None if options.epochs is None else options.epochs * self.instances
         if total is not None and first >= total:

@@ -185,8 +185,7 @@ def _dolmino(
     math: tuple[int, float, float],
     two_students: int,
 ) -> Mix:
-    """A sample of Dolmino-Mix-1124: billions of tokens and times listed, then table 13's two
-    percentages."""
+    """A sample of Dolmino-Mix-1124: billions taken, times listed, table 13's percentages."""
     math_parts = tuple(
         Part(directory, billions, two_students if directory.endswith("mind-2students") else math[0])
         for directory, billions in _MATH
@@ -393,6 +392,11 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> Any:
     return seqio.MixtureRegistry.add(name, list(rates.items()))
 
 
+def task_name(mix: Mix, source: str) -> str:
+    """Name of the Task of a mix's source, such as `olmo_mix_1124.open_web_math`."""
+    return f"{mix.dataset}.{source.replace('-', '_')}"  # seqio allows no hyphens
+
+
 def register(
     tokenizer: Tokenizer,
     *,
@@ -403,7 +407,8 @@ def register(
     """Registers the published mixes: Tasks `olmo_mix_1124.dclm` and so on, and one Mixture for each
     mix.
 
-    The data are read from the TFDS datasets of `tfds_builders` when a Task is used, not before.
+    The data are read from the TFDS datasets of `tfds_builders`, in TFDS's default file format, when
+    a Task is used, not before.
 
     Args:
         tokenizer: gives the vocabulary of every Task.
@@ -417,18 +422,17 @@ def register(
     import olmax.data.tfds_builders as tfds_builders  # makes the datasets known to TFDS
 
     for mix in (get(name) for name in mixes):
-        shares = mix.rates(rates)
-        for source in shares:
+        tasks = {task_name(mix, source): share for source, share in mix.rates(rates).items()}
+        for source in mix.sources:
+            config = tfds_builders.config_name(source.name)
             register_task(
-                f"{mix.dataset}.{source}",
+                task_name(mix, source.name),
                 tokenizer,
-                tfds_name=f"{mix.dataset}/{tfds_builders.config_name(source)}:{tfds_builders.VERSION}",
+                tfds_name=f"{mix.dataset}/{config}:{tfds_builders.VERSION}",
                 tfds_data_dir=data_dir,
                 splits=("train",),
             )
-        register_mixture(
-            mix.name, {f"{mix.dataset}.{source}": share for source, share in shares.items()}
-        )
+        register_mixture(mix.name, tasks)
     return list(mixes)
 
 

@@ -72,8 +72,7 @@ def write_tokens(
 
 
 class NpySource:
-    """Instances in raw token files: consecutive chunks inside one file, the tail of each file
-    dropped."""
+    """Instances in raw token files: chunks inside one file, the tail of each file dropped."""
 
     def __init__(
         self,
@@ -141,8 +140,7 @@ def _ends(path: pathlib.Path, count: int = 1 << 16) -> bytes:
 def export_npy(
     source: InstanceSource, path: str | os.PathLike, *, dtype: str = "uint32", batch: int = 1024
 ) -> int:
-    """Writes the instances of any source, in order, as one raw token file; returns the number of
-    tokens."""
+    """Writes the instances of any source as one raw token file; returns the number of tokens."""
     starts = range(0, len(source), batch)
     arrays = (source.read(range(start, min(start + batch, len(source)))) for start in starts)
     return write_tokens(path, arrays, dtype)

@@ -73,6 +73,5 @@ def document_spans(tokens: np.ndarray, eos_id: int) -> np.ndarray:
     ends = np.flatnonzero(tokens == eos_id) + 1
     if len(tokens) and (not len(ends) or ends[-1] != len(tokens)):
         ends = np.append(ends, len(tokens))
-    return (
-        np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1).astype(np.int64).reshape(-1, 2)
-    )
+    starts = np.concatenate([[0], ends])[: len(ends)]
+    return np.stack([starts, ends], axis=1).astype(np.int64)

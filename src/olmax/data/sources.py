@@ -1,5 +1,4 @@
-"""Reads documents from files: json lines, plain text and parquet, plain or compressed, local or
-remote."""
+"""Reads documents from files: json lines, text and parquet, plain or compressed."""
 
 from __future__ import annotations
 
@@ -256,8 +255,7 @@ def _zstd_error() -> type[Exception]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompresses frame after frame; unlike the library's own reader it notices that the last
-    frame is cut short."""
+    """Decompresses frame after frame, and unlike the library's reader notices a cut one."""
 
     def __init__(self, raw: IO[bytes]):
         import zstandard

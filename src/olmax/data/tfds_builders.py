@@ -117,10 +117,11 @@ def document_source(
     name: str | None = None,
     text_key: str = "text",
 ) -> DocumentSource:
-    """Documents of a TFDS dataset that was prepared with `file_format="array_record"`.
+    """Documents of a TFDS dataset.
 
     Args:
-        builder: already downloaded and prepared.
+        builder: already downloaded and prepared, in any file format. (seqio Tasks read TFDS's
+            default format only.)
         split: its split.
         name: of the source; the builder's configuration (or its name) when None.
         text_key: feature that holds the text.
@@ -128,7 +129,13 @@ def document_source(
     label = name or (builder.builder_config.name if builder.builder_config else builder.name)
 
     def read() -> Iterator[Document]:
-        for index, example in enumerate(cast(Any, builder).as_data_source(split=split)):
+        # The decorators of these methods hide their arguments from type checkers.
+        opened = cast(Any, builder)
+        if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
+            examples = opened.as_data_source(split=split)
+        else:
+            examples = tfds.as_numpy(opened.as_dataset(split=split, shuffle_files=False))
+        for index, example in enumerate(examples):
             text = example[text_key]
             yield Document(
                 text=text.decode("utf-8") if isinstance(text, bytes) else str(text),

@@ -1,5 +1,4 @@
-"""Tokenizers as `tokenizer.json` files, without tensorflow; a small byte-level BPE trained on the
-spot."""
+"""Tokenizers as `tokenizer.json` files, without tensorflow; a BPE trained on the spot."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ from etils import epath
 from olmax.errors import UserError
 
 # Pre-tokenizer of cl100k_base, which dolma2 shares: contractions, words with one leading
-# non-letter, digits in threes, punctuation with its line ends, line ends, spaces (specs of the
-# dolma2 file: Split, inverted).
+# non-letter, digits in threes, punctuation with its line ends, line ends, spaces.
 DOLMA2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -144,8 +142,7 @@ class Tokenizer:
         return self._backend.id_to_token(token_id)
 
     def save(self, directory: epath.PathLike) -> None:
-        """Writes `tokenizer.json`, byte for byte as read, and the names of eos and pad beside
-        it."""
+        """Writes `tokenizer.json`, byte for byte as read, and the names of eos and pad."""
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {

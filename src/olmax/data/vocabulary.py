@@ -1,5 +1,4 @@
-"""A tokenizer as a seqio vocabulary. Importing this imports seqio and with it tensorflow
-(seconds)."""
+"""A tokenizer as a seqio vocabulary. Importing this imports seqio and tensorflow (seconds)."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from olmax.data.tokenizer import Tokenizer
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """`Tokenizer` behind seqio's interface: nothing is added on encoding, decoding stops after the
-    first end of text."""
+    """`Tokenizer` behind seqio's interface; nothing is added, decoding ends at end of text."""
 
     def __init__(self, tokenizer: Tokenizer | epath.PathLike):
         """Wraps a tokenizer, or the one in a tokenizer.json (file or directory)."""
