@@ -9,5 +9,8 @@ setup(
         "kernels_pallas": "kernels_pallas",
         "experiments": "experiments",
     },
-    package_data={"experiments": ["**/*.json", "**/*.html", "**/*.md"], "olmax": ["**/*.html"]},
+    package_data={
+        "experiments": ["**/*.json", "**/*.html", "**/*.md"],
+        "olmax": ["**/*.html", "**/*.json"],
+    },
 )

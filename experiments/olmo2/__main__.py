@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_plan(command.recipe, console)
             return 0
         from experiments.olmo2 import pipeline
+        from olmax import distributed
 
+        distributed.initialize()
         pipeline.run(command.recipe, command.stage, console, overwrite=command.overwrite)
     except UserError as error:
         print(f"experiments.olmo2: {error}", file=sys.stderr)

@@ -163,7 +163,9 @@ def _finding(
     claim: str, difference: Estimate, expected: Literal["up", "down"], what: str, digits: int
 ) -> Finding:
     return Finding(
-        claim, judge(difference, expected=expected), f"{difference.text(digits, signed=True)} {what}"
+        claim,
+        judge(difference, expected=expected),
+        f"{difference.text(digits, signed=True)} {what}",
     )
 
 

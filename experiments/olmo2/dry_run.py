@@ -8,6 +8,7 @@ from rich.console import Console
 
 from experiments.olmo2.recipe import Recipe, ingredient_name
 from olmax.data import mixtures
+from olmax.errors import UserError
 from olmax.reporting.tables import Column, Table
 from olmax.training import config_json
 from olmax.training.schedules import learning_rate
@@ -56,8 +57,12 @@ def mix_rates(recipe: Recipe, mix: str) -> dict[str, float]:
     Raises:
       UserError: no such mix.
     """
-    if recipe.corpus is not None and mix in ("pretrain", "anneal"):
-        weights = recipe.corpus.pretrain if mix == "pretrain" else recipe.corpus.anneal
+    if recipe.corpus is not None:
+        if mix not in recipe.corpus.mixes:
+            raise UserError(
+                f"preset {recipe.name}: no mix {mix!r}; there are {', '.join(recipe.corpus.mixes)}"
+            )
+        weights = recipe.corpus.mixes[mix]
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
     return mixtures.get(mix).rates()
 

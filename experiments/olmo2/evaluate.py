@@ -5,6 +5,7 @@ Results are kept by document and by question, so that two models can be compared
 
 import math
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +55,10 @@ def evaluate_model(
             model,
             pairs,
             prefix_id=prefix_token(tokenizer),
+            # Tokens of a long document have at least half a context before them.
+            stride=model.config.max_seq_len // 2,
             batch_tokens=BATCH_TOKENS,
-            progress=True,
+            progress=sys.stderr.isatty(),
         )
     )
     sources = {}

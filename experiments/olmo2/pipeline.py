@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from experiments.olmo2 import training_stages
@@ -29,7 +30,7 @@ from olmax.training.run_directory import locked
 
 MAIN = ("prepare", "pretrain", "anneal", "soup", "evaluate", "report")
 """What `all` runs."""
-EVALUATION, MICROANNEAL, STABILITY = "evaluation", "microanneal", "stability"
+EVALUATION, COMPILED = "evaluation", "compiled"
 
 
 def run(recipe: Recipe, stage: str, console: Console, *, overwrite: bool = False) -> None:
@@ -47,6 +48,9 @@ def run(recipe: Recipe, stage: str, console: Console, *, overwrite: bool = False
     recipe.check()
     directory = pathlib.Path(recipe.directory)
     with locked(directory):
+        if recipe.pretrain.compilation_cache is None:
+            # The annealing runs are one program, and so are the evaluations of all models.
+            jax.config.update("jax_compilation_cache_dir", str(directory.absolute() / COMPILED))
         pipeline = _Pipeline(recipe, directory, console, overwrite)
         for name in MAIN if stage == "all" else (stage,):
             pipeline.stage(name)
@@ -58,7 +62,6 @@ class _Pipeline:
         self.directory = directory
         self.console = console
         self.stages = Stages(directory, console, overwrite=overwrite)
-        write_json(directory / "recipe.json", config_json.to_json(recipe))
 
     def stage(self, name: str) -> None:
         stages: dict[str, Callable[[], None]] = {
@@ -72,6 +75,8 @@ class _Pipeline:
             "stability": self._stability,
         }
         stages[name]()
+        # Afterwards: a stage that refuses these settings leaves the directory as it was.
+        write_json(self.directory / "recipe.json", config_json.to_json(self.recipe))
 
     def _prepare(self) -> None:
         if self.recipe.corpus is None and self.recipe.data:

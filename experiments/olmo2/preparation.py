@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 
 import jax
 from rich.console import Console
@@ -34,8 +35,9 @@ def prepare_corpus(recipe: Recipe, directory: pathlib.Path, console: Console) ->
             "it with `olmax prepare` and name its directory, for example --data "
             f"{recipe.pretrain_mix} DIRECTORY, or look at the plan with --dry-run"
         )
-    sources = list(dict.fromkeys([*corpus.pretrain, *corpus.anneal]))
-    tokenizer = train_bpe(_tokenizer_texts(corpus), vocab_size=corpus.vocab_size)
+    sources = list(dict.fromkeys(name for mix in corpus.mixes.values() for name in mix))
+    texts = _tokenizer_texts(corpus, mix_rates(recipe, recipe.pretrain_mix))
+    tokenizer = train_bpe(texts, vocab_size=corpus.vocab_size)
     if tokenizer.vocab_size > recipe.pretrain.model.vocab_size:
         raise UserError(
             f"corpus.vocab_size={corpus.vocab_size} does not fit "
@@ -49,6 +51,7 @@ def prepare_corpus(recipe: Recipe, directory: pathlib.Path, console: Console) ->
         sequence_length=recipe.pretrain.seq_len,
         max_tokens=corpus.max_tokens,
         overwrite=True,
+        progress=sys.stderr.isatty(),
     )
     for source in manifest.sources:
         console.print(
@@ -89,11 +92,10 @@ def _cut(text: str, length: int) -> str:
     return text.encode()[:length].decode(errors="ignore")
 
 
-def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
+def _tokenizer_texts(corpus: Corpus, rates: Mapping[str, float]) -> Iterator[str]:
     """Training documents of each source, as much of each as its share of the pretraining mix."""
-    total = sum(corpus.pretrain.values())
-    for name, weight in corpus.pretrain.items():
-        budget = corpus.tokenizer_bytes * weight / total
+    for name, share in rates.items():
+        budget = corpus.tokenizer_bytes * share
         for document in embedded.source(name, seed=corpus.seed).read():
             if budget <= 0:
                 break

@@ -15,7 +15,9 @@ from experiments.olmo2.recipe import (
     Corpus,
     Evaluation,
     Ingredient,
+    Microanneal,
     Recipe,
+    Stability,
     tokens_to_steps,
 )
 from olmax.errors import UserError
@@ -33,6 +35,14 @@ _DOLMINO_LIKE = {"docs": 0.626, "code": 0.166, "arithmetic": 0.208}
 # Mostly unfiltered (the library's repetitive tests), with little documentation and hardly any
 # arithmetic, as OLMo-Mix-1124 is mostly web pages with 0.3 % of mathematical ones.
 _PRETRAINING_LIKE = {"tests": 0.50, "code": 0.34, "docs": 0.15, "arithmetic": 0.01}
+_MIXES = {
+    "pretrain": _PRETRAINING_LIKE,
+    "anneal": _DOLMINO_LIKE,
+    # Microanneals (paper, table 12): the math under test with general text around it.
+    "docs_only": {"docs": 1.0},
+    "math_10": {"docs": 0.9, "arithmetic": 0.1},
+    "math_35": {"docs": 0.65, "arithmetic": 0.35},
+}
 
 
 def tiny() -> Recipe:
@@ -69,8 +79,9 @@ def tiny() -> Recipe:
             ),
         ),
         data_seed=6198,
-        corpus=Corpus(vocab_size=1024, pretrain=_PRETRAINING_LIKE, anneal=_DOLMINO_LIKE),
+        corpus=Corpus(vocab_size=1024, mixes=_MIXES),
         evaluation=Evaluation(every=60),
+        microanneal=Microanneal(mixes=("pretrain", "docs_only", "math_10", "math_35")),
         published="OLMo 2 7B",
         notes=(
             "Like the 7B: three annealing runs with the seeds 42, 42069 and 666, one soup.",
@@ -111,20 +122,19 @@ def smoke() -> Recipe:
         ),
         anneal=Anneal(
             batch_size=8,
-            ingredients=tuple(
-                Ingredient(seed=seed, steps=5, mix="anneal") for seed in (42, 42069, 666)
-            ),
+            ingredients=tuple(Ingredient(seed=seed, steps=5, mix="anneal") for seed in (42, 42069)),
         ),
         corpus=Corpus(
             vocab_size=384,
-            pretrain=_PRETRAINING_LIKE,
-            anneal=_DOLMINO_LIKE,
+            mixes=_MIXES,
             max_tokens=20_000,
             tokenizer_bytes=40_000,
         ),
         evaluation=Evaluation(
             documents=2, document_bytes=400, questions=6, shots=1, sample_tokens=8, every=6
         ),
+        microanneal=Microanneal(mixes=("math_35",), steps=3),
+        stability=Stability(widths=(16, 32), layers=2, documents=2),
     )
 
 

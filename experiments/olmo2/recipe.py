@@ -52,27 +52,48 @@ class Corpus:
 
     vocab_size: int = 1024
     """Ids of the byte-level BPE trained on the pretraining mix."""
-    pretrain: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Shares of the pretraining mix by source."""
-    anneal: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Shares of the annealing mix by source."""
-    max_tokens: int = 2_000_000
+    mixes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """Shares of the sources in each mix."""
+    max_tokens: int = 1_200_000
     """Tokens prepared of each source at most."""
-    tokenizer_bytes: int = 4_000_000
+    tokenizer_bytes: int = 2_000_000
     """Text the tokenizer is trained on, shared like the pretraining mix."""
     seed: int = 0
     """Of the generated texts and of the choice of held-out documents."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Microanneal:
+    """Short annealing runs on small mixes, to judge a source before it enters the big one."""
+
+    mixes: tuple[str, ...] = ()
+    """One run each."""
+    steps: int = 40
+    seed: int = 7201
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """The study of initialisation: growth over depth at several widths, OLMo 2's initialisation
+    against OLMo-0424's scaled one.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 256)
+    layers: int = 8
+    documents: int = 50
+    """Random documents that the exponents are averaged over."""
+    seed: int = 12536
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """How models of a recipe are compared."""
 
-    documents: int = 24
+    documents: int = 16
     """Held-out documents of each source for bits per byte."""
-    document_bytes: int = 4000
+    document_bytes: int = 2000
     """Length that held-out documents are cut to."""
-    questions: int = 200
+    questions: int = 120
     """Questions of each benchmark task."""
     shots: int = 2
     """Solved examples before each arithmetic question."""
@@ -102,6 +123,8 @@ class Recipe:
     data: dict[str, str] = dataclasses.field(default_factory=dict)
     """Directories of prepared data by mixture, for recipes that do not embed theirs."""
     evaluation: Evaluation = Evaluation()
+    microanneal: Microanneal = Microanneal()
+    stability: Stability = Stability()
     run_dir: str = ""
     """Where results go; empty: `runs/olmo2-<name>`."""
     published: str | None = None

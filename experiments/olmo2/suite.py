@@ -167,7 +167,7 @@ def _cloze(documents: Sequence[str], rng: random.Random) -> Iterator[Question]:
 
     Cut between words; several passages of a long document may be asked.
     """
-    context_length, length = 300, 60
+    context_length, length = 240, 60
     passages: list[tuple[int, str, str]] = []
     for number, text in enumerate(documents):
         words = re.sub(r"[ \t]+", " ", text)
@@ -200,7 +200,7 @@ def _identifiers(documents: Sequence[str], rng: random.Random) -> Iterator[Quest
     for text in documents:
         matches = [m for m in _NAME.finditer(text) if not keyword.iskeyword(m[0])]
         for match in matches[40::25][:12]:
-            start = text.rfind("\n", 0, max(0, match.start() - 500)) + 1
+            start = text.rfind("\n", 0, max(0, match.start() - 300)) + 1
             context = text[start : match.start()]
             line = context.rpartition("\n")[2]
             seen = {m[0] for m in _NAME.finditer(context) if not keyword.iskeyword(m[0])}

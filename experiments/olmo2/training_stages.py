@@ -109,7 +109,9 @@ def _evaluators(recipe: Recipe, directory: pathlib.Path) -> list[Evaluator]:
     if not every or not texts:
         return []
     tokenizer = load_tokenizer(recipe, directory)
-    few = {name: [text[:1500] for text in group[:8]] for name, group in texts.items()}
+    # A quick look: text that fits the context, so that every document is one row.
+    length = recipe.pretrain.seq_len * 3 // 2
+    few = {name: [text[:length] for text in group[:16]] for name, group in texts.items()}
 
     def bits_per_byte(model) -> dict[str, float]:
         found = perplexity(model, tokenizer, few, batch_tokens=8192)

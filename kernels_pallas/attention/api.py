@@ -62,12 +62,13 @@ def attention(
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
-            f"attention: expected q [B,L,Q,H] and k, v [B,S,K,H]; got {q.shape}, {k.shape}, {v.shape}"
+            "attention: expected q [B,L,Q,H] and k, v [B,S,K,H]; "
+            f"got {q.shape}, {k.shape}, {v.shape}"
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"attention: q {q.shape} does not go with k {k.shape}: batch and head width must be equal and the query "
-            "heads a multiple of the key heads"
+            f"attention: q {q.shape} does not go with k {k.shape}: batch and head width must be "
+            "equal and the query heads a multiple of the key heads"
         )
     if (q_segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("attention: give both q_segment_ids and kv_segment_ids, or neither")
@@ -82,11 +83,13 @@ def attention(
         implementation = choose(q.shape, k.shape, causal=causal, q_offset=q_offset)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"attention: unknown implementation {implementation!r}; there are {sorted(IMPLEMENTATIONS)}"
+            f"attention: unknown implementation {implementation!r}; "
+            f"there are {sorted(IMPLEMENTATIONS)}"
         )
     if implementation == "blocked" and not static_offset:
         raise ValueError(
-            "attention: implementation 'blocked' needs a Python int q_offset; 'reference' takes an array"
+            "attention: implementation 'blocked' needs a Python int q_offset; "
+            "'reference' takes an array"
         )
     return IMPLEMENTATIONS[implementation](
         q,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 
@@ -130,16 +129,13 @@ class Pretrained:
 
     @functools.cached_property
     def stop_token_ids(self) -> list[int]:
-        """Tokens that end a text: the tokenizer's end of text and `eos_token_id` of a Hugging Face
-        directory's generation_config.json.
+        """Tokens that end a text: what a Hugging Face directory says, as transformers reads it
+        (`interop.stop_token_ids`), else the tokenizer's end of text.
         """
-        found = [] if self.tokenizer is None else [self.tokenizer.eos_id]
-        file = None if self._path is None else interop.find_tokenizer(self._path)
-        if file is not None and (file.parent / "generation_config.json").exists():
-            values = json.loads((file.parent / "generation_config.json").read_text())
-            told = values.get("eos_token_id")
-            found += told if isinstance(told, list) else [] if told is None else [told]
-        return list(dict.fromkeys(found))
+        found = [] if self._path is None else interop.stop_token_ids(self._path)
+        if not found and self.tokenizer is not None:
+            found = [self.tokenizer.eos_id]
+        return found
 
     def logits(self, ids_BL: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """float32 logits [B, L, V] of token ids [B, L].
@@ -205,9 +201,17 @@ class Pretrained:
         )
 
     def generate(
-        self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, **kwargs
-    ) -> list[str]:
-        """The new text of every prompt; arguments as for `complete`."""
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        **kwargs,
+    ) -> list[str] | list[list[int]]:
+        """The new text of every prompt, or the new token ids of prompts that are token ids;
+        arguments as for `complete` and `generate_ids`.
+        """
+        if not isinstance(prompts, str) and not any(isinstance(each, str) for each in prompts):
+            return self.generate_ids(prompts, max_new_tokens=max_new_tokens, **kwargs)
         return [
             each.text for each in self.complete(prompts, max_new_tokens=max_new_tokens, **kwargs)
         ]
@@ -226,7 +230,7 @@ class Pretrained:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError("prompts must be texts; for token ids there is generate_ids")
+            raise UserError("prompts must be all texts or all lists of token ids")
         kwargs.setdefault("stop_token_ids", self.stop_token_ids)
         return text.complete_text(
             self.model,

@@ -239,7 +239,12 @@ def use_mesh(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
         return mapped(*arrays)
 
-    with annotations.placed(annotations.Placement(constrain, per_device)):
+    def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
+        entry = fitting((size,), (axis,))[0] or ()
+        names = (entry,) if isinstance(entry, str) else entry
+        return tuple(name for name in names if mesh.shape[name] > 1)
+
+    with annotations.placed(annotations.Placement(constrain, per_device, mesh_axes)):
         yield
 
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from olmax.errors import UserError
-from olmax.models import get_preset
+from olmax.models import Decoder, get_preset
 from olmax.training import checkpoint_files, config_json
 from olmax.training.anneal import anneal_config, learning_rate_at
 from olmax.training.config import TrainConfig
+from olmax.training.model_checkpoint import save_model
 from olmax.training.recorder import read_metrics
 from olmax.training.schedules import ScheduleConfig
 from tests.training.tiny_training import CONFIG, CountingLoader, trainer
@@ -86,11 +89,15 @@ def test_the_first_step_is_the_one_pretraining_would_have_made(pretrained, tmp_p
     )
 
 
+def test_a_checkpoint_of_a_model_alone_is_refused(tmp_path):
+    save_model(Decoder(CONFIG.model, rngs=nnx.Rngs(0)), tmp_path / "model")
+    with pytest.raises(UserError, match="holds a model only"):
+        anneal_config(str(tmp_path / "model"), steps=1, seed=0)
+
+
 def test_a_damaged_or_missing_start_is_an_error(pretrained, tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         anneal_config(str(tmp_path / "nothing"), steps=1, seed=0)
-    import shutil
-
     shutil.copytree(pretrained, tmp_path / "run")
     config = anneal_config(str(tmp_path / "run"), steps=1, seed=0)
     (tmp_path / "run" / "checkpoints" / "12" / "state" / "manifest.ocdbt").write_bytes(b"")

@@ -172,7 +172,8 @@ def test_a_single_changed_bit_changes_the_checksum():
             position = rng.integers(raw.size)
             raw[position] ^= 1 if dtype is bool else 1 << rng.integers(8)
             assert int(checksums({"x": y})["x"]) != before
-        assert int(checksums({"x": x[::-1]})["x"]) != before
+        # Of bools there are too few kinds for a swap to be sure to show.
+        assert dtype is bool or int(checksums({"x": x[::-1]})["x"]) != before
 
 
 def test_checksums_do_not_depend_on_the_mesh():
@@ -263,8 +264,11 @@ def test_a_model_is_restored_from_run_checkpoints_or_step(tmp_path, capfd):
     assert (run / "checkpoints" / "9").exists()
     with pytest.raises(UserError, match="can be read"):
         restore_model(str(run / "checkpoints" / "9"), execution=Execution())
-    with pytest.raises(UserError, match="no checkpoint at"):
-        restore_model(str(tmp_path / "nothing"), execution=Execution())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "olmo2"}')
+    for path in (tmp_path / "nothing", tmp_path / "other"):
+        with pytest.raises(UserError, match="no checkpoint at"):
+            restore_model(str(path), execution=Execution())
 
 
 def test_config_is_inside(checkpointer, state):

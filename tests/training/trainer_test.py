@@ -271,14 +271,19 @@ def finish(process):
     return error
 
 
-def wait_for_lock(process, lock, timeout=300):
-    """Until the process holds the lock of its run directory, or has ended."""
+def newest_directory(directory):
+    """Step of the newest checkpoint directory, complete or not; 0 without one."""
+    root = directory / "checkpoints"
+    steps = [int(path.name) for path in root.iterdir()] if root.exists() else []
+    return max(steps, default=0)
+
+
+def wait_for_step(process, directory, step, timeout=300):
+    """Until the process has begun a checkpoint of this step or a later one, or has ended."""
     end = time.monotonic() + timeout
-    while process.poll() is None:
-        if lock.exists() and f"process {process.pid} " in lock.read_text():
-            return
+    while process.poll() is None and newest_directory(directory) < step:
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 def last_checksums(directory):
@@ -291,18 +296,20 @@ def last_checksums(directory):
     "kills", [pytest.param(3, id="3"), pytest.param(20, id="20", marks=pytest.mark.slow)]
 )
 def test_killed_at_random_moments_ends_bit_identical(kills, tmp_path, repository):
-    steps, delay, cache = 10 * kills, 0.05, tmp_path / "cache"
+    steps, delay, cache = 10 * kills + 10, 0.02, tmp_path / "cache"
     finish(program(tmp_path / "whole", steps, 0.0, cache, repository))
     seed = random.randrange(10**6)
     print(f"random moments of seed {seed}")
     moments = random.Random(seed)
     killed = 0
     for _ in range(kills):
+        # By progress, so that a slow machine is killed at as many different places: some steps
+        # further than the last time (a checkpoint every second step), and any moment from there.
+        target = newest_directory(tmp_path / "killed") + 2 * moments.randint(1, 5)
         process = program(tmp_path / "killed", steps, delay, cache, repository)
-        # Until it has the lock there is nothing to damage; then any moment of about 20 steps.
-        wait_for_lock(process, tmp_path / "killed" / "run.lock")
+        wait_for_step(process, tmp_path / "killed", target)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(0, 2.5))
+            process.wait(moments.uniform(0, 0.2))
         process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL

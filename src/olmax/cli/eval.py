@@ -32,6 +32,8 @@ class Eval:
 
     def run(self) -> None:
         """Reads all requests, then scores, then prints and writes."""
+        import sys
+
         import rich.console
 
         from olmax.cli.output import check_output, write
@@ -61,4 +63,6 @@ class Eval:
             "environment": environment(),
         }
         write(self.output, json.dumps(jsonable(whole), indent=1, ensure_ascii=False) + "\n")
-        rich.console.Console().print(results.table().rich())
+        # Into a file or a pipe nothing is cut off.
+        width = None if sys.stdout.isatty() else 160
+        rich.console.Console(width=width).print(results.table().rich())

@@ -14,8 +14,10 @@ import tyro
 from olmax.cli.convert import Convert
 from olmax.cli.eval import Eval
 from olmax.cli.generate import Generate
+from olmax.cli.launch import Launch
 from olmax.cli.merge import Merge
 from olmax.cli.mixes import Mixes
+from olmax.cli.plan import Plan
 from olmax.cli.prepare import Prepare
 from olmax.cli.score import Score
 from olmax.errors import UserError
@@ -24,8 +26,10 @@ VERBS: dict[str, type] = {
     "convert": Convert,
     "eval": Eval,
     "generate": Generate,
+    "launch": Launch,
     "merge": Merge,
     "mixes": Mixes,
+    "plan": Plan,
     "prepare": Prepare,
     "score": Score,
 }

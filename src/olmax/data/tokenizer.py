@@ -149,6 +149,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.id_to_token(self.eos_id),
             "pad_token": self.id_to_token(self.pad_id),
+            # Old transformers would otherwise remove spaces before punctuation when decoding.
+            "clean_up_tokenization_spaces": False,
         }
         for name, text in (
             ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from kernels_pallas.linear_cross_entropy import linear_cross_entropy
 from olmax import sharding
 from olmax.data.tokenizer import Tokenizer
 from olmax.errors import UserError
 from olmax.evaluation import scoring
 from olmax.generation.batching import mesh_of
+from olmax.models.cross_entropy import cross_entropy
 from olmax.models.decoder import Decoder
 from olmax.reporting import estimates
 from olmax.reporting.estimates import Estimate
@@ -161,13 +161,13 @@ def _row_losses(
             segment_ids_BL=batch.get("segment_ids"),
         )
         targets_BL, valid_BL = next_token_targets(batch)
-        loss_T, _ = linear_cross_entropy(
-            hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
+        loss_BL, _ = cross_entropy(
+            hidden_BLD,
             model.head_kernel(),
-            targets_BL.reshape(-1),
+            targets_BL,
             implementation=model.execution.loss,
         )
-    loss_B = jnp.sum(jnp.where(valid_BL, loss_T.reshape(valid_BL.shape), 0.0), axis=1)
+    loss_B = jnp.sum(jnp.where(valid_BL, loss_BL, 0.0), axis=1)
     source_B = batch.get("source", jnp.zeros(loss_B.shape, jnp.int32))
     rows = loss_B, jnp.sum(valid_BL, axis=1), source_B
     if mesh is not None:

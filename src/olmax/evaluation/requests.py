@@ -9,7 +9,7 @@ right choice, or for a file that scores reference answers the answer itself or n
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -133,7 +133,7 @@ def find_request_files(paths: Iterable[str | os.PathLike]) -> list[epath.Path]:
         if not path.exists() and data:
             path = epath.Path(data) / "olmes_requests" / given
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.name.endswith(_ENDINGS))
+            files = sorted(p for p in _files_below(path) if p.name.endswith(_ENDINGS))
         else:
             files = [path] if path.exists() else []
         if not files:
@@ -173,6 +173,15 @@ class _Row:
     context: str
     continuation: str
     label: Any
+
+
+def _files_below(directory: epath.Path) -> Iterator[epath.Path]:
+    # Not rglob, which paths of remote stores do not have.
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _files_below(path)
+        else:
+            yield path
 
 
 def _records(path: epath.PathLike) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ OLMo-core in.
 from olmax.interop.load import load_config, load_model, stored_dtype
 from olmax.interop.save import save_huggingface
 from olmax.interop.source import detect
-from olmax.interop.tokenizer_files import find_tokenizer
+from olmax.interop.tokenizer_files import find_tokenizer, stop_token_ids
 
 __all__ = [
     "detect",
@@ -13,5 +13,6 @@ __all__ = [
     "load_config",
     "load_model",
     "save_huggingface",
+    "stop_token_ids",
     "stored_dtype",
 ]

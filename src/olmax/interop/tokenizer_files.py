@@ -54,6 +54,21 @@ def find_tokenizer(model: str | os.PathLike) -> epath.Path | None:
     return next((file for file in found if file.exists()), None)
 
 
+def stop_token_ids(model: str | os.PathLike) -> list[int]:
+    """Tokens at which generation ends according to a Hugging Face directory: `eos_token_id` of its
+    generation_config.json, else of its config.json; empty where neither says.
+    """
+    directory = epath.Path(model)
+    if not directory.is_dir():
+        directory = epath.Path(source.local_directory(model))
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).exists():
+            told = source.read_mapping(directory / name).get("eos_token_id")
+            if told is not None:
+                return list(told) if isinstance(told, list) else [told]
+    return []
+
+
 def copy_tokenizer(
     tokenizer: TokenizerLike, directory: epath.Path, *, vocab_size: int
 ) -> dict[str, Any]:

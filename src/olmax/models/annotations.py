@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -21,8 +22,10 @@ class Placement:
 
     constrain: Callable[[jax.Array, Axes], jax.Array]
     """Constrains an activation with these logical axes."""
-    per_device: Callable[..., jax.Array]
+    per_device: Callable[..., Any]
     """`(fn, axes, *arrays)`: applies `fn` on every device to its part of the arrays."""
+    mesh_axes: Callable[[str, int], tuple[str, ...]]
+    """`(axis, size)`: the mesh axes over which a dimension of this size is cut."""
 
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
@@ -38,16 +41,25 @@ def annotate(x: jax.Array, axes: Axes) -> jax.Array:
     return x if placement is None else placement.constrain(x, axes)
 
 
-def per_device(fn: Callable[..., jax.Array], axes: Sequence[Axes], *arrays: jax.Array) -> jax.Array:
+def per_device(fn: Callable[..., Any], axes: Sequence[Axes], *arrays: jax.Array) -> Any:
     """`fn(*arrays)` where `fn` is a program of one device, such as a Pallas kernel.
 
     Args:
-      fn: must treat every index of the sharded axes alike. Its result has the axes of its first
-        argument.
+      fn: gets its device's part of every array. What it returns (an array or several) has the axes
+        of its first argument.
       axes: logical axes of each array.
     """
     placement = _placement.get()
     return fn(*arrays) if placement is None else placement.per_device(fn, axes, *arrays)
+
+
+def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
+    """Names for the collectives that `fn` of `per_device` needs where it reduces over `axis`.
+
+    Empty when a dimension of this size is not cut.
+    """
+    placement = _placement.get()
+    return () if placement is None else placement.mesh_axes(axis, size)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ KV cache.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -69,11 +70,7 @@ class Attention(nnx.Module):
         qkv_BLKCH = project(x_BLD, self.qkv[...])
         qkv_BLKCH = checkpoint_name(qkv_BLKCH, "qkv")
         qkv_BLKCH = annotate(qkv_BLKCH, ("batch", "length", "kv_heads", None, None))
-        q_BLKGH, k_BLKH, v_BLKH = (
-            qkv_BLKCH[..., :g, :],
-            qkv_BLKCH[..., g, :],
-            qkv_BLKCH[..., g + 1, :],
-        )
+        q_BLKGH, k_BLKH, v_BLKH = split_heads(qkv_BLKCH)
         if self.config.qk_norm == "full":
             q_BLKGH, k_BLKH = self.q_norm(q_BLKGH), self.k_norm(k_BLKH)
         q_BLQH = apply_rope(q_BLKGH.reshape(batch, length, self.config.n_heads, -1), *rotation)
@@ -140,3 +137,24 @@ class Attention(nnx.Module):
         if implementation in PER_DEVICE:
             return per_device(attend, axes, *arrays)
         return attend(*arrays)
+
+
+@jax.custom_vjp
+def split_heads(qkv_BLKCH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, L, K, G, H], keys and values [B, L, K, H] of the fused projection."""
+    return qkv_BLKCH[..., :-2, :], qkv_BLKCH[..., -2, :], qkv_BLKCH[..., -1, :]
+
+
+def _split_forward(qkv_BLKCH):
+    return split_heads(qkv_BLKCH), None
+
+
+def _split_backward(_, gradients):
+    # Behind a barrier, so that the three are computed before they are joined: fused into the
+    # joining they would be computed element by element, each with all that leads to it.
+    dq_BLKGH, dk_BLKH, dv_BLKH = jax.lax.optimization_barrier(gradients)
+    dk_dv_BLKCH = jnp.stack((dk_BLKH, dv_BLKH), axis=-2)
+    return (jnp.concatenate((dq_BLKGH, dk_dv_BLKCH), axis=-2),)
+
+
+split_heads.defvjp(_split_forward, _split_backward)

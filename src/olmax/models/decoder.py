@@ -199,7 +199,8 @@ class Decoder(nnx.Module):
         inv_freq = inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        cos_sin = rotation(positions_BL, inv_freq)
+        # Computed once; without the barrier every layer's fusions would compute sines again.
+        cos_sin = jax.lax.optimization_barrier(rotation(positions_BL, inv_freq))
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x_BLD, scanned):
@@ -227,7 +228,8 @@ class Decoder(nnx.Module):
         inv_freq = inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        cos_sin = rotation(positions_BL, inv_freq)
+        # Computed once; without the barrier every layer's fusions would compute sines again.
+        cos_sin = jax.lax.optimization_barrier(rotation(positions_BL, inv_freq))
         graphdef, stacked = nnx.split(self.blocks)
 
         start = 0 if cache is None or cache_is_empty else cache.length

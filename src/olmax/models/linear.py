@@ -5,15 +5,53 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.xla_cpu import row_major
+
 
 def project(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
     """Contracts the last `contract` dimensions of x with the first `contract` of the kernel, in x's
     dtype.
 
-    The kernel (the float32 master during training) is cast to x's dtype. Both are flattened to
-    matrices first: XLA's CPU backend has a fast path for plain matrix products only.
+    The kernel (the float32 master during training) is cast to x's dtype; its gradient is
+    accumulated in float32 and never rounded to x's dtype.
     """
     lead, tail = x.shape[: x.ndim - contract], kernel.shape[contract:]
     inner = math.prod(kernel.shape[:contract])
-    y = jnp.matmul(x.reshape(*lead, inner), kernel.astype(x.dtype).reshape(inner, math.prod(tail)))
+    y = _matmul(x.reshape(*lead, inner), kernel.reshape(inner, math.prod(tail)))
     return y.reshape(*lead, *tail)
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel_IO.astype(x.dtype))
+
+
+def _forward(x, kernel_IO):
+    return _matmul(x, kernel_IO), (x, kernel_IO)
+
+
+def _backward(residuals, dy):
+    x, kernel_IO = residuals
+    # What leads to dy would otherwise be computed again, slowly, while it is transposed.
+    dy = jax.lax.optimization_barrier(dy)
+    dx = jax.lax.dot_general(dy, kernel_IO.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
+    # The narrower operand is the cheaper one to transpose.
+    if x.shape[-1] <= dy.shape[-1]:
+        d_kernel_IO = _sum_of_outer_products(x, dy)
+    else:
+        d_kernel_IO = row_major(_sum_of_outer_products(dy, x)).T
+    return dx, d_kernel_IO.astype(kernel_IO.dtype)
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _sum_of_outer_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [..., m] and b [..., n] -> float32 [m, n], summed over all leading dimensions.
+
+    The leading dimensions stay apart, so that each may be cut over a mesh axis of its own.
+    """
+    lead = tuple(range(a.ndim - 1))
+    a_first = row_major(jnp.moveaxis(a, -1, 0))
+    dims = ((tuple(axis + 1 for axis in lead), lead), ((), ()))
+    return jax.lax.dot_general(a_first, b, dims, preferred_element_type=jnp.float32)

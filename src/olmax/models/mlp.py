@@ -1,6 +1,7 @@
 """SwiGLU feed-forward block."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -36,8 +37,32 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        gate_up_BLCF = project(x_BLD, self.gate_up[...])
-        gate_up_BLCF = checkpoint_name(gate_up_BLCF, "gate_up")
-        gate_up_BLCF = annotate(gate_up_BLCF, ("batch", "length", None, "mlp"))
-        hidden_BLF = jax.nn.silu(gate_up_BLCF[..., 0, :]) * gate_up_BLCF[..., 1, :]
-        return project(hidden_BLF, self.down[...])
+        # Two products although the matrix is one: their gradients need not be joined in memory.
+        gate_up_DCF = self.gate_up[...]
+        gate_BLF, up_BLF = (project(x_BLD, gate_up_DCF[:, index]) for index in (0, 1))
+        gate_BLF, up_BLF = checkpoint_name((gate_BLF, up_BLF), "gate_up")
+        gate_BLF, up_BLF = (annotate(y, ("batch", "length", "mlp")) for y in (gate_BLF, up_BLF))
+        return project(swiglu(gate_BLF, up_BLF), self.down[...])
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, computed in float32 and rounded once to their dtype."""
+    gate32 = gate.astype(jnp.float32)
+    return (gate32 * jax.nn.sigmoid(gate32) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def _swiglu_forward(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(residuals, d_hidden):
+    gate, up, d_hidden = (x.astype(jnp.float32) for x in (*residuals, d_hidden))
+    sigmoid = jax.nn.sigmoid(gate)
+    d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_up = d_hidden * gate * sigmoid
+    dtype = residuals[0].dtype
+    return d_gate.astype(dtype), d_up.astype(dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -75,13 +75,17 @@ STANDARD_ERRORS = 2.0
 """A difference counts when it is at least this many standard errors from zero."""
 
 
+FEWEST_UNITS = 10
+"""A standard error from fewer questions or documents is too uncertain to judge by."""
+
+
 def judge(difference: Estimate, *, expected: Literal["up", "down"]) -> Verdict:
     """Whether a measured difference shows an effect expected to go `up` or `down`.
 
     `shown`: at least two standard errors in that direction. `reversed`: as far in the other one.
-    `not shown`: anything between, and whatever has no standard error.
+    `not shown`: anything between, and what comes from fewer than `FEWEST_UNITS`.
     """
-    if math.isnan(difference.stderr):
+    if math.isnan(difference.stderr) or difference.n < FEWEST_UNITS:
         return "not shown"
     towards = difference.value if expected == "up" else -difference.value
     if abs(towards) < STANDARD_ERRORS * difference.stderr or towards == 0:

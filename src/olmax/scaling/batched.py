@@ -8,8 +8,10 @@ walked quickly, and an active set for parameters that press against a bound.
 float64 is switched on inside the calls only; the process's setting is left alone.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ RELATIVE_STOP = 1e-11
 """A problem is done when a nearly undamped step improves its objective by less than this share."""
 _FAR = 1e6  # stands in for infinite bounds: no fit of a ladder comes near it
 _BLOCK = 15  # iterations between two compactions of the problems still open
+_CHUNKS = {"huber": 256, "squares": 16}  # problems per call: what stays in a cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +75,7 @@ def solve_huber(
     values = np.broadcast_to(values, (r, m))
     starts = np.broadcast_to(starts, (r, *starts.shape[-2:]))
     s = starts.shape[1]
-    data = (
-        np.repeat(np.log(values), s, 0),
-        np.repeat(weights, s, 0),
-    )
+    data = (np.repeat(np.log(values), s, 0), np.repeat(weights, s, 0))
     p = np.clip(starts.reshape(r * s, -1), law.lower, law.upper)
     # The objective is nearly an absolute deviation. Falling deltas lead into it from the smooth
     # side, which keeps most starts out of its kinks.
@@ -180,29 +180,40 @@ def _drive(law: Law, kind: str, shared, data, p, delta: float, iterations: int):
     f = np.full(total, np.inf)
     damping = np.full((total, 2 if kind == "huber" else 1), 1e-2)
     done = np.zeros(total, bool)
-    open_ = np.arange(total)
+    left = np.arange(total)
     used = 0
-    with jax.enable_x64(True):
-        shared = jax.tree.map(jnp.asarray, shared)
-        while len(open_) and used < iterations:
-            block = min(_BLOCK, iterations - used)
-            chosen = _padded(open_)
+
+    def run(chunk: np.ndarray):
+        # The switch to float64 belongs to a thread.
+        with jax.enable_x64(True):
             out = _block(
                 law.name,
-                _box(law),
                 kind,
-                block,
+                min(_BLOCK, iterations - used),
+                _box(law),
                 shared,
-                tuple(jnp.asarray(d[chosen]) for d in data),
-                jnp.asarray(p[chosen]),
-                jnp.asarray(damping[chosen]),
-                jnp.asarray(delta),
+                tuple(d[chunk] for d in data),
+                p[chunk],
+                damping[chunk],
+                delta,
             )
-            new_p, new_f, new_damping, new_done = (np.asarray(o)[: len(open_)] for o in out)
-            p[open_], f[open_], damping[open_], done[open_] = new_p, new_f, new_damping, new_done
-            open_ = open_[~new_done]
-            used += block
+            return [np.asarray(o) for o in out]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        while len(left) and used < iterations:
+            chunks = _chunks(left, _CHUNKS[kind])
+            for chunk, out in zip(chunks, threads.map(run, chunks), strict=True):
+                p[chunk], f[chunk], damping[chunk], done[chunk] = out
+            left = left[~done[left]]
+            used += _BLOCK
     return p, f, done
+
+
+def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    """Indices in pieces of one size, which is compiled once; the last is filled up by repeating."""
+    missing = -len(indices) % size
+    filled = np.concatenate([indices, np.full(missing, indices[0])])
+    return list(filled.reshape(-1, size))
 
 
 def _box(law: Law) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -219,61 +230,51 @@ def _padded(indices: np.ndarray) -> np.ndarray:
     return np.concatenate([indices, np.full(size - len(indices), indices[0])])
 
 
-@functools.partial(jax.jit, static_argnames=("law", "box", "kind", "iterations"))
-def _block(law: str, box, kind: str, iterations: int, shared, data, p, damping, delta):
+@functools.partial(jax.jit, static_argnames=("law", "kind"))
+def _block(law: str, kind: str, iterations, box, shared, data, p, damping, delta):
     """`iterations` damped Newton steps on a batch: (p, objective, damping, done).
 
     Problems lie on the last axis inside, parameters and matrix entries in Python lists: arithmetic
     on a few long vectors is many times faster than batches of tiny matrices.
     """
     evaluate = {"huber": _huber_model, "squares": _squares_model}[kind]
-    chunk = {"huber": 1024, "squares": 16}[kind]
+    model = functools.partial(evaluate, LAWS[law], shared, data, delta)
 
-    def solve(chunk_of_problems):
-        data, p, damping = chunk_of_problems
-        model = functools.partial(evaluate, LAWS[law], shared, data, delta)
+    def cond(state):
+        return (state[0] < iterations) & ~state[-1].all()
 
-        def cond(state):
-            return (state[0] < iterations) & ~state[-1].all()
-
-        def body(state):
-            i, p, local, damping, done = state
-            blocks = LAWS[law].blocks
-            best_p, best, settled = p, local, jnp.ones_like(done)
-            new_damping = []
-            # Two steps are tried: with the reweighted Gauss-Newton matrix, which is safe far away,
-            # and with the true Hessian, which converges where the kinks have been sorted out.
-            for matrix, how_much in zip(local[2], damping, strict=True):
-                q, definite = _step(p, local[1], matrix, local[3], blocks, how_much, *box)
-                new = model(q)
-                good = definite & jnp.isfinite(new[0]) & (new[0] < local[0])
-                gain = jnp.where(good, local[0] - new[0], 0.0)
-                settled &= (gain <= RELATIVE_STOP * local[0]) & (
-                    (good & (how_much < 1e-1)) | (how_much > 1e8)
+    def body(state):
+        i, p, local, damping, done = state
+        blocks = LAWS[law].blocks
+        best_p, best, settled = p, local, jnp.ones_like(done)
+        new_damping = []
+        # Two steps are tried: with the reweighted Gauss-Newton matrix, which is safe far away,
+        # and with the true Hessian, which converges where the kinks have been sorted out.
+        for matrix, how_much in zip(local[2], damping, strict=True):
+            q, definite = _step(p, local[1], matrix, local[3], blocks, how_much, *box)
+            new = model(q)
+            good = definite & jnp.isfinite(new[0]) & (new[0] < local[0])
+            gain = jnp.where(good, local[0] - new[0], 0.0)
+            settled &= (gain <= RELATIVE_STOP * local[0]) & (
+                (good & (how_much < 1e-1)) | (how_much > 1e8)
+            )
+            new_damping.append(
+                jnp.where(
+                    good, jnp.maximum(how_much * 0.2, 1e-12), jnp.minimum(how_much * 4, 1e10)
                 )
-                new_damping.append(
-                    jnp.where(
-                        good, jnp.maximum(how_much * 0.2, 1e-12), jnp.minimum(how_much * 4, 1e10)
-                    )
-                )
-                better = good & (new[0] < best[0]) & ~done
-                best_p, best = jax.tree.map(
-                    lambda a, b, better=better: jnp.where(better, a, b), (q, new), (best_p, best)
-                )
-            # An exact fit has nothing left to gain.
-            settled |= local[0] < 1e-26
-            return i + 1, best_p, best, new_damping, done | settled
+            )
+            better = good & (new[0] < best[0]) & ~done
+            best_p, best = jax.tree.map(
+                lambda a, b, better=better: jnp.where(better, a, b), (q, new), (best_p, best)
+            )
+        # An exact fit has nothing left to gain.
+        settled |= local[0] < 1e-26
+        return i + 1, best_p, best, new_damping, done | settled
 
-        columns = list(p.T)
-        start = (0, columns, model(columns), list(damping.T), jnp.zeros(p.shape[0], bool))
-        _, columns, local, damping, done = jax.lax.while_loop(cond, body, start)
-        return jnp.stack(columns, -1), local[0], jnp.stack(damping, -1), done
-
-    problems = (data, p, damping)
-    if p.shape[0] <= chunk:
-        return solve(problems)
-    split = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), problems)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(solve, split))
+    columns = list(p.T)
+    start = (0, columns, model(columns), list(damping.T), jnp.zeros(p.shape[0], bool))
+    _, columns, local, damping, done = jax.lax.while_loop(cond, body, start)
+    return jnp.stack(columns, -1), local[0], jnp.stack(damping, -1), done
 
 
 def _pairs(count: int):

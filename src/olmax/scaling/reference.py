@@ -76,9 +76,9 @@ def minimise_huber(
         with np.errstate(all="ignore"):
             y, slopes = function(np, p, inputs)
             residual = np.log(y) - log_values
-        total = np.sum(w * huber(residual, delta))
-        inner = np.where(np.abs(residual) < delta, residual, delta * np.sign(residual)) * w / y
-        return total, np.array([np.sum(inner * slope) for slope in slopes])
+            total = np.sum(w * huber(residual, delta))
+            inner = np.where(np.abs(residual) < delta, residual, delta * np.sign(residual)) * w / y
+            return total, np.array([np.sum(inner * slope) for slope in slopes])
 
     bounds = [
         (None if low == -INF else low, None if high == INF else high)

@@ -23,7 +23,17 @@ def learning_rate_at(checkpoint: str) -> float:
       UserError: no checkpoint there.
     """
     directory = checkpoint_files.candidates(checkpoint)[0]
-    return _learning_rate(directory, config_json.load(directory / checkpoint_files.CONFIG))
+    return _learning_rate(directory, _stored_config(directory))
+
+
+def _stored_config(directory) -> TrainConfig:
+    config = config_json.load(directory / checkpoint_files.CONFIG)
+    if not isinstance(config, TrainConfig):
+        raise UserError(
+            f"checkpoint {directory} holds a model only; annealing needs one that training wrote, "
+            "with optimizer state and schedule"
+        )
+    return config
 
 
 def _learning_rate(directory, config: TrainConfig) -> float:
@@ -63,7 +73,7 @@ def anneal_config(
       UserError: no checkpoint there.
     """
     directory = checkpoint_files.candidates(checkpoint)[0]
-    config: TrainConfig = config_json.load(directory / checkpoint_files.CONFIG)
+    config = _stored_config(directory)
     start = _learning_rate(directory, config) if peak is None else peak
     return dataclasses.replace(
         config,

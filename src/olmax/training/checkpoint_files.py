@@ -82,7 +82,9 @@ def candidates(path: str | epath.Path) -> list[epath.Path]:
         raise UserError(f"{path} is an incomplete checkpoint; use an earlier one")
     roots = [path, path / "checkpoints"]
     if (path / CONFIG).exists():
-        elsewhere = config_json.load(path / CONFIG).checkpoint.directory
+        # The file may be another kind of model's configuration.
+        checkpoint = getattr(config_json.load(path / CONFIG), "checkpoint", None)
+        elsewhere = getattr(checkpoint, "directory", None)
         roots += [epath.Path(elsewhere)] if elsewhere else []
     for root in roots:
         if found := valid_checkpoints(root):

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.linear_cross_entropy import linear_cross_entropy
+from olmax.models.cross_entropy import cross_entropy
 from olmax.models.decoder import Decoder
 from olmax.training.metrics import Mean
 
@@ -68,17 +68,16 @@ class NextToken:
             segment_ids_BL=batch.get("segment_ids"),
         )
         targets_BL, valid_BL = next_token_targets(batch)
-        ce_T, lse_T = linear_cross_entropy(
-            hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
+        ce_BL, lse_BL = cross_entropy(
+            hidden_BLD,
             model.head_kernel(),
-            targets_BL.reshape(-1),
+            targets_BL,
             implementation=model.execution.loss,
         )
-        valid_T = valid_BL.reshape(-1)
-        ce = Mean.of(ce_T, valid_T)
-        z = Mean.of(self.z_loss * jnp.square(lse_T), valid_T)
+        ce = Mean.of(ce_BL, valid_BL)
+        z = Mean.of(self.z_loss * jnp.square(lse_BL), valid_BL)
         weight = ce.weight
         if self.denominator == "tokens":
-            weight = jnp.full_like(weight, valid_T.size)
+            weight = jnp.full_like(weight, valid_BL.size)
         loss = Mean(ce.total + z.total, weight)
         return loss, {"cross_entropy": ce, "z_loss": Mean(z.total, weight)}

@@ -1,7 +1,6 @@
 """The training loop: one for every objective."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from olmax import sharding
@@ -146,6 +146,8 @@ class Trainer:
         """
         if self.config.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", self.config.compilation_cache)
+            # Anything compiled before has fixed that there is no cache.
+            compilation_cache.reset_cache()
         with contextlib.ExitStack() as stack:
             if self._primary:
                 stack.enter_context(locked(self.run_directory))
@@ -238,7 +240,7 @@ class _Run:
             self.trainer.loader.set_state(loader_state)
             return state, int(state.step)
         if self.config.start_from is not None:
-            return _start_from(self.config.start_from, train_step), 0
+            return _start_from(self.config.start_from, train_step, self.config.seed), 0
         if self.trainer.initial is not None:
             params = nnx.split(self.trainer.initial)[1]
             return train_step.adopt(params), 0
@@ -329,6 +331,7 @@ class _Run:
             rows.append(row)
             if not math.isfinite(row["loss"]) and not row.get("skipped"):
                 self._write(rows)
+                self.checkpointer.wait()
                 valid = checkpoint_files.valid_checkpoints(self.checkpointer.root)
                 newest = f"newest checkpoint: {valid[-1]}" if valid else "no checkpoint"
                 raise UserError(
@@ -384,7 +387,7 @@ class _Run:
         raise Stopped(signal_number)
 
 
-def _start_from(path: str, train_step: TrainStep) -> TrainState:
+def _start_from(path: str, train_step: TrainStep, seed: int) -> TrainState:
     """Parameters and optimizer state of a checkpoint; step and seed of a new run."""
     directory = checkpoint_files.candidates(path)[0]
     wanted = {
@@ -398,9 +401,11 @@ def _start_from(path: str, train_step: TrainStep) -> TrainState:
         raise UserError(
             f"start_from={path} is damaged ({error}); use another checkpoint"
         ) from error
-    fresh = train_step.initialize()
-    return dataclasses.replace(
-        fresh,
-        params=map_named(lambda name, _: arrays[f"params.{name}"], fresh.params),
-        opt_state=map_named(lambda name, _: arrays[f"opt_state.{name}"], fresh.opt_state),
+    abstract = train_step.abstract_state
+    # Step and seed go where the step puts its own; else the second update is compiled anew.
+    return TrainState(
+        step=jax.device_put(np.int32(0), abstract.step.sharding),
+        seed=jax.device_put(np.uint32(seed), abstract.seed.sharding),
+        params=map_named(lambda name, _: arrays[f"params.{name}"], abstract.params),
+        opt_state=map_named(lambda name, _: arrays[f"opt_state.{name}"], abstract.opt_state),
     )

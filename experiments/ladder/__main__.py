@@ -1,0 +1,216 @@
+"""`python -m experiments.ladder <stage> [options]`."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from experiments.ladder.released import default_directory
+from olmax.errors import UserError
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Print the ladder: every run with batch, learning rate, warm-up, steps, tokens and FLOPs."""
+
+    sizes: tuple[str, ...] = ("190M", "370M", "760M", "1.3B")
+    """Of 190M, 370M, 600M, 760M, 1.3B, 3.2B."""
+    lengths: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
+    """Multiples of 20 tokens per parameter."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        from experiments.ladder.recipe import ladder, ladder_table
+        from olmax.scaling.compute import SIZES
+
+        for size in self.sizes:
+            if size not in SIZES:
+                raise UserError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
+        _console().print(ladder_table(ladder(self.sizes, self.lengths)).rich())
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Reproduce the paper's predictions for 7B-4T and 13B-5T from the released ladder runs.
+
+    Prints our numbers beside the printed ones and writes ladder.json and report.html.
+    """
+
+    runs: str = dataclasses.field(default_factory=default_directory)
+    """Folder of the released CSV files."""
+    run_dir: str = "runs/ladder-reproduce"
+    """Where results go."""
+    resamples: int = 1000
+    """Resamples of the runs behind the intervals; 0 for none."""
+    seed: int = 0
+    """Of the resamples."""
+
+    def run(self) -> None:
+        """Fits, resamples, prints, writes."""
+        from experiments.ladder.reproduce import multiple_choice, reproduce
+        from olmax import scaling
+        from olmax.reporting.document import Section, TableBlock
+        from olmax.scaling.nesting import nested_errors
+        from olmax.scaling.report import ladder_report, prediction_table
+
+        began = time.perf_counter()
+        found = reproduce(self.runs, progress=_say)
+        fit = found.fits["task_loss"]
+        draws = None
+        if self.resamples:
+            start = time.perf_counter()
+            draws = scaling.resample(found.runs, fit, samples=self.resamples, seed=self.seed)
+            took = time.perf_counter() - start
+            _say(f"{self.resamples} resamples of both steps: {took:.1f} s")
+        console = _console()
+        predictions, tables = {}, []
+        for name, run in found.targets.items():
+            tables += [found.prediction_table(name), found.variant_table(name)]
+            predictions[name] = found.compare(name)
+            if draws is not None:
+                target = scaling.Target.of(run)
+                predictions[name] = predictions[name].join(draws.table(target))
+        tables.append(found.scatter_table())
+        for table in tables:
+            console.print(table.rich())
+        for name, table in predictions.items():
+            console.print(prediction_table(table, name).rich())
+        for name, row in multiple_choice(self.runs).iterrows():
+            print(
+                f"MMLU, multiple choice, {name}: predicted {100 * row.accuracy:.2f}, actual "
+                f"{100 * row.actual:.2f}"
+            )
+        tasks = [task.task for task in fit.tasks.values()]
+        nesting = {
+            name: nested_errors(found.runs, run, tasks) for name, run in found.targets.items()
+        }
+        scaling.save(f"{self.run_dir}/ladder.json", fit, draws)
+        report = ladder_report(
+            fit,
+            title="Task scaling laws: the released ladder",
+            runs=found.runs,
+            target_runs=list(found.targets.values()),
+            predictions=predictions,
+            warnings=fit.warnings,
+            nesting=nesting,
+            extra=[Section("Beside the printed numbers", [TableBlock(t) for t in tables])],
+            resamples=self.resamples,
+            footer="python -m experiments.ladder reproduce",
+        )
+        report.write(f"{self.run_dir}/report.html")
+        print(f"{self.run_dir}: ladder.json, report.html ({time.perf_counter() - began:.0f} s)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """How often the intervals hold on simulated ladders of the released shape."""
+
+    runs: str = dataclasses.field(default_factory=default_directory)
+    """Folder of the released CSV files."""
+    simulations: int = 320
+    """Simulated ladders, shared among the tasks."""
+    samples: int = 200
+    """Resamples of each."""
+    seed: int = 0
+    """Of everything."""
+
+    def run(self) -> None:
+        """Simulates and prints shares."""
+        from experiments.ladder.released import TARGETS, read_released
+        from experiments.ladder.studies import coverage_tables
+        from olmax import scaling
+
+        runs = read_released(self.runs)
+        targets = [scaling.Target.of(r) for r in read_released(self.runs, tuple(TARGETS.values()))]
+        fit = scaling.fit_ladder(runs, tasks=scaling.get_tasks(scaling.MAIN_TASKS), check=False)
+        study = scaling.coverage_study(
+            runs,
+            fit,
+            targets,
+            simulations=self.simulations,
+            samples=self.samples,
+            seed=self.seed,
+            progress=_say,
+        )
+        for table in coverage_tables(study):
+            _console().print(table.rich())
+
+
+@dataclasses.dataclass(frozen=True)
+class Choose:
+    """Choose a procedure by leaving out one size of the ladder at a time, then look at the targets.
+
+    Everything up to the choice sees only the sixteen ladder runs.
+    """
+
+    runs: str = dataclasses.field(default_factory=default_directory)
+    """Folder of the released CSV files."""
+    best: int = 15
+    """Rows of the ranking to print."""
+
+    def run(self) -> None:
+        """Ranks, then predicts 7B-4T and 13B-5T with the default and the chosen procedure."""
+        from experiments.ladder.studies import choose_tables
+
+        for table in choose_tables(self.runs, self.best):
+            _console().print(table.rich())
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Time the resampling and compare refits with scipy's from the same starts."""
+
+    runs: str = dataclasses.field(default_factory=default_directory)
+    """Folder of the released CSV files."""
+    samples: int = 1000
+    """Resamples of the ladder, all eight tasks, both steps."""
+    compare: int = 25
+    """Resamples of each task that scipy refits too (about half a second each)."""
+    seed: int = 0
+    """Of the resamples."""
+
+    def run(self) -> None:
+        """Prints seconds, failures and the worst excess over scipy's objective."""
+        from experiments.ladder.studies import speed_table
+
+        table = speed_table(self.runs, self.samples, self.compare, self.seed)
+        _console().print(table.rich())
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Model ladders and task scaling laws."""
+
+    stage: Annotated[
+        Recipe | Reproduce | Coverage | Choose | Speed, tyro.conf.OmitSubcommandPrefixes
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a stage and returns the exit status."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    command = tyro.cli(Command, prog="python -m experiments.ladder", args=argv)
+    try:
+        command.stage.run()
+    except UserError as error:
+        print(f"ladder: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""`olmax plan`: what a training run on TPUs needs, without the TPUs."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Memory, step time, MFU, days and price of training a model on TPU slices.
+
+    The real train step is compiled for the slice on this machine's CPU (package libtpu, extra
+    `tpu`) and the answers are read out of the compiled program.
+
+    Examples: olmax plan --model olmo2-7b --topology v5p:4x4x4 --batch-size 64 --output plan.json
+    ; olmax plan --compare a.json b.json
+    """
+
+    model: str | None = None
+    """Name of an architecture, such as olmo2-32b."""
+    topology: str | None = None
+    """Chip and shape of a slice, such as v5p:8x8x8 or v6e:16x16."""
+    batch_size: int | None = None
+    """Sequences of one update, over all chips."""
+    sequence_length: int = 4096
+    """Tokens of a sequence."""
+    mesh: str | None = None
+    """Devices along the mesh axes, such as fsdp=32,tensor=2; proposed when left out."""
+    slices: int = 1
+    """Slices of this topology, joined by the data-centre network."""
+    remat: Literal["none", "full", "dots", "projections"] = "full"
+    """What the backward pass recomputes."""
+    accumulation: int = 1
+    """Micro-batches a batch is cut into."""
+    tokens: float = 1e12
+    """Length of the run, for days and price."""
+    price_per_chip_hour: float | None = None
+    """US dollars; the on-demand list price when left out."""
+    output: str | None = None
+    """plan.json to write."""
+    html: str | None = None
+    """Page with the memory and the time to write."""
+    explain: bool = False
+    """List the step by part: cycles, time, share of the peak, and every collective."""
+    program: str | None = None
+    """File for the compiled program's text."""
+    compare: tuple[str, str] | None = None
+    """Two plan.json to set side by side; everything else is left out then."""
+
+    def run(self) -> None:
+        """Plans or compares, prints, writes the files asked for."""
+        from rich.console import Console
+
+        from olmax.errors import UserError
+
+        console = Console(soft_wrap=True)
+        if self.compare is not None:
+            from olmax.planning.stored import load
+            from olmax.planning.view import comparison
+
+            for table in comparison(load(self.compare[0]), load(self.compare[1]), self.compare):
+                console.print(table.rich())
+            return
+        missing = [
+            f"--{name.replace('_', '-')}"
+            for name in ("model", "topology", "batch_size")
+            if getattr(self, name) is None
+        ]
+        if missing:
+            raise UserError(f"a plan needs {', '.join(missing)} (or --compare A.json B.json)")
+        assert self.model and self.topology and self.batch_size is not None
+        plan = make(
+            self.model,
+            self.topology,
+            slices=self.slices,
+            outputs=(self.output, self.html, self.program),
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            mesh=self.mesh,
+            remat=self.remat,
+            accumulation=self.accumulation,
+            tokens=self.tokens,
+            price_per_chip_hour=self.price_per_chip_hour,
+            keep_program=self.program,
+        )
+        from olmax.planning import view
+        from olmax.reporting.files import write_json
+
+        console.print(view.summary(plan).rich())
+        if self.mesh is None:
+            console.print(f"mesh proposed: {plan['mesh_reason']}")
+        if self.explain and plan["step_seconds"] is not None:
+            console.print(view.part_table(plan).rich())
+            console.print(view.collective_table(plan).rich())
+        if self.output:
+            write_json(self.output, plan)
+        if self.html:
+            view.report(plan).write(self.html)
+
+
+def make(model: str, topology: str, *, slices: int = 1, outputs=(), **settings) -> dict:
+    """A plan as plain JSON types (see `olmax.planning.plan.plan`); checks `outputs` first.
+
+    Raises:
+      UserError: bad input, or libtpu is missing.
+    """
+    import os
+
+    # Nothing runs on a device here; a GPU or TPU of this machine stays free.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from olmax.cli.output import check_output
+    from olmax.planning.topology import Topology
+
+    for path in outputs:
+        if path:
+            check_output(path)
+    where = Topology.parse(topology, slices)
+    from olmax.models.presets import get_preset
+
+    get_preset(model)
+
+    from olmax.planning.plan import plan
+    from olmax.reporting.files import jsonable
+
+    return jsonable(plan(model, where, **settings))

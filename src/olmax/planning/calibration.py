@@ -1,0 +1,107 @@
+"""Plans beside published measurements: the error that every plan states as its own.
+
+`calibration.json` holds what `python -m olmax.planning.calibration` found, row by row, with the
+versions it was found with.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from importlib import resources
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A published training speed. MFU counts causal attention as half."""
+
+    model: str
+    topology: str
+    batch_per_chip: int
+    """Sequences; what the source's recipe uses, or our choice where it states none."""
+    sequence_length: int
+    mfu: float
+    source: str
+
+
+_TIERS = "MaxText docs/reference/models/tiering.md"
+
+PUBLISHED = (
+    Row("llama2-70b", "v6e:16x16", 4, 4096, 0.438, _TIERS),
+    Row("llama3.1-8b", "v6e:16x16", 2, 8192, 0.4546, _TIERS),
+    Row("llama3.1-70b", "v6e:16x16", 2, 8192, 0.5033, _TIERS),
+    Row("llama3.1-405b", "v6e:16x16", 1, 8192, 0.3855, _TIERS),
+    Row("llama2-70b", "v5p:8x8x8", 2, 4096, 0.654, _TIERS),
+)
+
+
+@functools.cache
+def measured() -> list[dict]:
+    """Rows of the table: model, topology, published and planned MFU."""
+    file = resources.files("olmax.planning").joinpath("calibration.json")
+    return json.loads(file.read_text())["rows"]
+
+
+def relative_error() -> float:
+    """Root mean square of the relative error of the planned MFU over the table."""
+    errors = [row["planned_mfu"] / row["published_mfu"] - 1 for row in measured()]
+    return math.sqrt(sum(error * error for error in errors) / len(errors))
+
+
+def measure(path: str, rows: tuple[Row, ...] = PUBLISHED) -> None:
+    """Plans the published rows and writes them to `path` after each one; rows there are kept.
+
+    A row whose batch does not fit is planned with half of it, down to one sequence a chip.
+    """
+    import pathlib
+
+    from olmax.planning.plan import plan
+    from olmax.planning.topology import Topology
+    from olmax.reporting.files import environment, write_json
+
+    file = pathlib.Path(path)
+    found = json.loads(file.read_text())["rows"] if file.exists() else []
+    done = {(row["model"], row["topology"]) for row in found}
+    for row in rows:
+        if (row.model, row.topology) in done:
+            continue
+        topology = Topology.parse(row.topology)
+        batch = row.batch_per_chip
+        while True:
+            made = plan(
+                row.model,
+                topology,
+                batch_size=batch * topology.num_chips,
+                sequence_length=row.sequence_length,
+                mesh=f"fsdp={topology.num_chips}",
+            )
+            if made.fits or batch == 1:
+                break
+            batch //= 2
+        if made.mfu is None:
+            print(f"{row.model} on {row.topology}: {made.verdict}")
+            continue
+        found.append(
+            {
+                "model": row.model,
+                "topology": row.topology,
+                "batch_per_chip": batch,
+                "sequence_length": row.sequence_length,
+                "published_mfu": row.mfu,
+                "planned_mfu": made.mfu,
+                "step_seconds": made.step_seconds,
+                "cycles": made.cycles,
+                "total_bytes": made.per_device_bytes.total,
+                "compile_seconds": made.compile_seconds,
+                "source": row.source,
+            }
+        )
+        versions = environment()["versions"]
+        write_json(file, {"versions": versions, "rows": found})
+        print(f"{row.model} on {row.topology}: planned {made.mfu:.1%}, published {row.mfu:.1%}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    measure(sys.argv[1])

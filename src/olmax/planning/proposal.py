@@ -1,0 +1,167 @@
+"""Choosing a mesh without compiling: a coarse model of memory and links ranks those possible.
+
+The model only has to put meshes in order; the compiled program gives the numbers of a plan.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from olmax.errors import UserError
+from olmax.models.config import DecoderConfig
+from olmax.planning.topology import Topology
+from olmax.sharding import MeshConfig
+
+# Share of the peak that matrix products reach, for the balance of computation and links.
+_ATTAINABLE = 0.7
+
+# What each halving of a product's width under tensor parallelism costs on top.
+_NARROWER = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A possible mesh with its estimates."""
+
+    mesh: MeshConfig
+    compute_seconds: float
+    link_seconds: float
+    bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of one step, nothing overlapped."""
+        return self.compute_seconds + self.link_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """The mesh to take, and why."""
+
+    mesh: MeshConfig
+    reason: str
+
+
+def propose(
+    config: DecoderConfig,
+    topology: Topology,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    accumulation: int = 1,
+) -> Proposal:
+    """The quickest mesh that fits by estimate; the one with the least memory if none does.
+
+    Raises:
+      UserError: no mesh divides the batch and the model.
+    """
+    found = list(candidates(config, topology, batch_size, sequence_length, accumulation))
+    if not found:
+        raise UserError(
+            f"no mesh of {topology.num_chips} chips divides batch size {batch_size}"
+            + (f" in {accumulation} micro-batches" if accumulation > 1 else "")
+            + f" and the model (n_kv_heads={config.n_kv_heads}, d_model={config.d_model}); "
+            f"take a batch size that is a multiple of {topology.num_chips * accumulation}"
+        )
+    limit = 0.92 * topology.chip.hbm_bytes
+    fitting = [candidate for candidate in found if candidate.bytes <= limit]
+    if not fitting:
+        best = min(found, key=lambda c: (c.bytes, c.seconds))
+        reason = (
+            f"none of {len(found)} possible meshes fits by estimate; this one needs the least "
+            f"({best.bytes / 2**30:.1f} GiB a device)"
+        )
+        return Proposal(best.mesh, reason)
+    ordered = sorted(fitting, key=lambda c: (c.seconds, c.bytes))
+    best = ordered[0]
+    reason = (
+        f"least estimated step of {len(fitting)} meshes that fit: {best.compute_seconds:.2f} s of "
+        f"computation and {best.link_seconds:.2f} s on the links"
+    )
+    if len(ordered) > 1:
+        other = ordered[1]
+        reason += (
+            f"; next {text_of(other.mesh)} with {other.compute_seconds:.2f} and "
+            f"{other.link_seconds:.2f} s"
+        )
+    return Proposal(best.mesh, reason)
+
+
+def text_of(mesh: MeshConfig) -> str:
+    """As on a command line, `fsdp=32,tensor=2`."""
+    sizes = dataclasses.asdict(mesh)
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "fsdp=1"
+
+
+def candidates(
+    config: DecoderConfig,
+    topology: Topology,
+    batch_size: int,
+    sequence_length: int,
+    accumulation: int = 1,
+) -> Iterator[Candidate]:
+    """All ways to put the chips along data, fsdp and tensor that divide batch and model."""
+    chips = topology.num_chips * topology.chip.devices_per_chip // topology.slices
+    for tensor in _divisors(chips):
+        if config.n_kv_heads % tensor or config.d_ff % tensor or config.vocab_size % tensor:
+            continue
+        for fsdp in _divisors(chips // tensor):
+            data = chips // tensor // fsdp
+            shards = topology.slices * data * fsdp
+            if config.d_model % fsdp or batch_size % (shards * accumulation):
+                continue
+            mesh = MeshConfig(slices=topology.slices, data=data, fsdp=fsdp, tensor=tensor)
+            tokens = batch_size * sequence_length / shards
+            yield _estimate(config, topology, mesh, tokens, sequence_length, accumulation)
+
+
+def _estimate(
+    config: DecoderConfig,
+    topology: Topology,
+    mesh: MeshConfig,
+    tokens: float,
+    sequence_length: int,
+    accumulation: int,
+) -> Candidate:
+    """`tokens` are those of one batch shard (all devices of its tensor group work on them)."""
+    chip = topology.chip
+    chips = mesh.data * mesh.fsdp * mesh.tensor
+    params = config.num_params
+    held = params / (mesh.fsdp * mesh.tensor)
+
+    def bandwidth(axis: int) -> float:
+        # An axis has as much of the torus' links as its share of the dimensions.
+        share = math.log(axis) / math.log(chips) if axis > 1 else 1.0
+        return 2 * chip.link_bandwidth * chip.dimensions * max(share, 1 / chip.dimensions)
+
+    flops = config.matmul_flops_per_token(sequence_length) * 4 / 3
+    compute = flops * tokens / mesh.tensor / chip.peak_flops / _ATTAINABLE
+    compute *= 1 + _NARROWER * math.log2(mesh.tensor)
+    # Weights are gathered for the forward pass and for its recomputation, gradients are reduced.
+    links = 0.0
+    if mesh.fsdp > 1:
+        links += 4 * 2 * params / mesh.tensor * accumulation / bandwidth(mesh.fsdp)
+    if mesh.data > 1:
+        links += 2 * 4 * held / bandwidth(mesh.data)
+    if mesh.slices > 1:
+        links += 2 * 4 * held / chip.dcn_bandwidth
+    if mesh.tensor > 1:
+        # Two sums of the activations a layer, in the forward pass, its recomputation and backward.
+        activation = 2 * tokens * config.d_model
+        links += config.n_layers * 6 * 2 * activation / bandwidth(mesh.tensor)
+    micro = tokens / accumulation
+    widest = max(2 * config.d_ff, config.d_model + 2 * config.n_kv_heads * config.head_dim)
+    memory = (
+        12 * held
+        + 4 * held
+        + 2 * micro * config.d_model * config.n_layers
+        + 3 * 2 * micro * widest / mesh.tensor
+        + 3 * 2 * config.d_model * config.d_ff * 3 / mesh.tensor
+        + 6 * config.vocab_size * config.d_model / mesh.tensor
+        + 2 * 4 * min(micro, 1024) * config.vocab_size / mesh.tensor
+    )
+    return Candidate(mesh, compute, links, int(memory))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,0 +1,136 @@
+"""TPU slices by name, as devices to compile for. No TPU is needed, only the libtpu package."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from olmax.errors import UserError
+from olmax.planning import chips
+
+if TYPE_CHECKING:
+    from jax import Device
+
+# libtpu asks its surroundings who it is; these answers keep it from waiting for a metadata server.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # A lock file would let one process at a time load it, for the sake of a TPU that is not there.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`slices` slices of `shape` chips each."""
+
+    chip: chips.Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @classmethod
+    def parse(cls, text: str, slices: int = 1) -> "Topology":
+        """From `v5p:4x4x4`.
+
+        Raises:
+          UserError: not of that form, an unknown chip or the wrong number of dimensions.
+        """
+        match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text.strip().lower())
+        if not match:
+            raise UserError(
+                f"topology {text!r}: write chip and shape, such as v5p:4x4x4 or v6e:16x16"
+            )
+        chip = chips.find(match[1])
+        shape = tuple(int(size) for size in match[2].split("x"))
+        if len(shape) != chip.dimensions or min(shape) < 1:
+            example = "x".join(["4"] * chip.dimensions)
+            raise UserError(
+                f"topology {text!r}: a {chip.name} slice has {chip.dimensions} dimensions, "
+                f"such as {chip.name}:{example}"
+            )
+        if slices < 1:
+            raise UserError(f"slices must be at least 1, is {slices}")
+        return cls(chip, shape, slices)
+
+    @property
+    def name(self) -> str:
+        """Of one slice, `v5p:4x4x4`."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def num_chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def hosts_per_slice(self) -> int:
+        """Virtual machines of one slice."""
+        return max(1, math.prod(self.shape) // self.chip.chips_per_host)
+
+    @property
+    def accelerator_type(self) -> str:
+        """Google Cloud's name of one slice, `v5p-128`."""
+        return f"{self.chip.accelerator}-{math.prod(self.shape) * self.chip.cores_in_name}"
+
+    def devices(self) -> "list[Device]":
+        """Devices to compile for; they cannot run anything.
+
+        Raises:
+          UserError: libtpu is missing or does not fit this jax, or there is no such slice.
+        """
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import jax
+        from jax.experimental import topologies
+
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                "planning compiles with libtpu, which is not installed: pip install 'olmax[tpu]'"
+            )
+        # Without being told so, the compiler takes no dimension for a ring, and then writes gathers
+        # as sums of zero-padded pieces.
+        rings = [size % self.chip.wrap == 0 for size in self.shape]
+        options: dict[str, Any] = {"wrap": tuple(rings + [False] * (3 - len(rings)))}
+        if self.slices > 1:
+            options["num_slices"] = self.slices
+        try:
+            with _quiet():
+                found = topologies.get_topology_desc(
+                    platform="tpu", topology_name=self.name, **options
+                )
+        except Exception as error:
+            raise UserError(_reason(self, error, jax.__version__)) from error
+        expected = self.num_chips * self.chip.devices_per_chip
+        if len(found.devices) != expected:
+            raise UserError(
+                f"topology {self.name}: libtpu gives {len(found.devices)} devices, not {expected}"
+            )
+        return list(found.devices)
+
+
+def _reason(topology: Topology, error: Exception, jax_version: str) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    low = first.lower()
+    if "version" in low or "pjrt_c_api" in low or "undefined symbol" in low:
+        return (
+            f"libtpu does not go with jax {jax_version} ({first}); "
+            f"pip install -U 'jax[tpu]=={jax_version}'"
+        )
+    return f"no such TPU slice {topology.name}: {first}"
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Hides what libtpu's C++ writes to standard error."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

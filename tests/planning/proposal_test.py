@@ -1,0 +1,62 @@
+"""The mesh that a plan proposes, and its reasons."""
+
+import math
+
+import pytest
+
+from olmax.errors import UserError
+from olmax.models.presets import get_preset
+from olmax.planning import proposal
+from olmax.planning.topology import Topology
+
+
+def propose(model, topology, batch, length=4096, **kwargs):
+    return proposal.propose(get_preset(model), Topology.parse(topology), batch, length, **kwargs)
+
+
+def test_a_model_with_enough_sequences_is_cut_over_fsdp_alone():
+    found = propose("olmo2-7b", "v5p:4x4x4", 64)
+    assert proposal.text_of(found.mesh) == "fsdp=64"
+    assert "least estimated step" in found.reason
+    assert "next" in found.reason
+
+
+def test_fewer_sequences_than_chips_need_tensor_parallelism():
+    found = propose("olmo2-7b", "v5p:4x4x4", 32)
+    assert found.mesh.tensor == 2
+    assert found.mesh.data * found.mesh.fsdp == 32
+
+
+def test_candidates_use_every_chip_and_divide_the_model():
+    config, topology = get_preset("olmo2-32b"), Topology.parse("v5p:8x8x8")
+    meshes = [c.mesh for c in proposal.candidates(config, topology, 512, 4096)]
+    assert meshes
+    for mesh in meshes:
+        assert math.prod((mesh.data, mesh.fsdp, mesh.tensor)) == 512
+        assert config.d_model % mesh.fsdp == 0
+        assert config.n_kv_heads % mesh.tensor == 0
+        assert 512 % (mesh.data * mesh.fsdp) == 0
+
+
+def test_a_model_too_big_gets_the_mesh_with_the_least_memory():
+    found = propose("llama3.1-405b", "v6e:4x4", 16)
+    assert found.mesh.fsdp * found.mesh.tensor == 16
+    assert "none of" in found.reason
+
+
+def test_no_mesh_for_a_batch_that_does_not_divide():
+    with pytest.raises(UserError, match="no mesh of 64 chips divides batch size 7"):
+        propose("olmo2-7b", "v5p:4x4x4", 7)
+
+
+def test_micro_batches_must_divide_too():
+    assert propose("olmo2-7b", "v5p:4x4x4", 128, accumulation=2).mesh.fsdp == 64
+    with pytest.raises(UserError, match="in 3 micro-batches"):
+        propose("olmo2-7b", "v5p:4x4x4", 64, accumulation=3)
+
+
+def test_slices_are_kept():
+    config, topology = get_preset("olmo2-7b"), Topology.parse("v5e:16x16", slices=2)
+    found = proposal.propose(config, topology, 1024, 4096)
+    assert found.mesh.slices == 2
+    assert found.mesh.data * found.mesh.fsdp * found.mesh.tensor == 256
