@@ -106,8 +106,13 @@ class Reproduction:
         columns += [Column("relative %", digits=2), Column("accuracy SD", digits=5)]
         columns += [Column("relative %", digits=2)]
         rows = [
-            [TASKS[str(name)].title, r.loss_sd, 100 * r.loss_relative, r.accuracy_sd]
-            + [100 * r.accuracy_relative]
+            [
+                TASKS[str(name)].title,
+                r.loss_sd,
+                100 * r.loss_relative,
+                r.accuracy_sd,
+                100 * r.accuracy_relative,
+            ]
             for name, r in self.scatter.sort_values("loss_sd", ascending=False).iterrows()
         ]
         told = "; ".join(f"{t} r={r:.3f} p={p:.3f}" for t, (r, p) in self.correlations.items())

@@ -176,7 +176,10 @@ def speed_table(directory: str, samples: int, compare: int, seed: int) -> Table:
     rows = [
         ["wall-clock seconds, batched", f"{wall:.1f}"],
         ["processor seconds, batched", f"{cpu:.1f}"],
-        ["processor seconds, scipy from the same starts (extrapolated)", f"{each * samples * 8:.0f}"],
+        [
+            "processor seconds, scipy from the same starts (extrapolated)",
+            f"{each * samples * 8:.0f}",
+        ],
         ["refits that did not converge", str(sum(draws.failures().values()))],
     ]
     for step, e in excess.items():

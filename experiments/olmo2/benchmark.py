@@ -1,4 +1,5 @@
-"""Training throughput beside Hugging Face + torch on CPU cores: `python -m experiments.olmo2.benchmark`.
+"""Training throughput beside Hugging Face + torch on CPU cores: `python -m
+experiments.olmo2.benchmark`.
 
 Both sides run the same shapes as whole training steps (forward, backward, clipping by the global
 norm, AdamW, float32 master parameters) in processes of their own that live side by side and work in

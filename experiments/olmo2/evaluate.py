@@ -6,7 +6,7 @@ Results are kept by document and by question, so that two models can be compared
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.olmo2.preparation import REQUESTS, read_held_out
@@ -19,7 +19,7 @@ from olmax.evaluation.suite import encode_pairs
 from olmax.generation.text import complete_text
 from olmax.models.decoder import Decoder
 from olmax.reporting import estimates
-from olmax.reporting.estimates import Estimate
+from olmax.reporting.estimates import Estimate, judge
 
 BATCH_TOKENS = 8192
 
@@ -120,3 +120,20 @@ def accuracy_change(before: Mapping, after: Mapping, task: str) -> Estimate:
 def answer_bits(result: Mapping[str, Any], task: str) -> Estimate:
     """Bits per byte of the right answers, mean over questions."""
     return estimates.mean(result["tasks"][task]["bits_per_byte"])
+
+
+def answer_bits_change(before: Mapping, after: Mapping, task: str) -> Estimate:
+    """Paired difference of two models' bits per byte of the right answers."""
+    return estimates.mean_difference(
+        before["tasks"][task]["bits_per_byte"], after["tasks"][task]["bits_per_byte"]
+    )
+
+
+def above_guessing(results: Iterable[Mapping], task: str) -> bool:
+    """Whether some model's accuracy is at least two standard errors above guessing."""
+    for result in results:
+        found = accuracy(result, task)
+        chance = 100 * estimates.mean(result["tasks"][task]["chance"]).value
+        if judge(Estimate(found.value - chance, found.stderr, found.n), expected="up") == "shown":
+            return True
+    return False

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.olmo2.comparison import AFTER, BEFORE, ingredients
-from experiments.olmo2.evaluate import accuracy, bits_per_byte
+from experiments.olmo2.evaluate import accuracy, answer_bits, bits_per_byte
+from experiments.olmo2.suite import WORDED_TASKS
 from olmax.reporting.figures import (
     BLUE,
     FAINT,
@@ -100,11 +101,11 @@ def held_out_figure(pretrain: Rows, anneals: Mapping[str, Rows]) -> Figure | Non
         return figure
 
 
-def comparison_figure(results: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
-    """Before and after annealing: bits per byte by source, accuracy by task."""
+def benchmark_figure(results: Mapping[str, Any]) -> Figure:
+    """Before and after annealing by task: bits per byte of the right answers, accuracy."""
     with style():
-        figure, axes = panels(1, 2, height=3.2, gridspec_kw={"width_ratios": [1, 1.25]})
-        _bits_panel(axes[0], results, labels)
+        figure, axes = panels(1, 2, height=3.2)
+        _answers_panel(axes[0], results)
         _accuracy_panel(axes[1], results)
         return figure
 
@@ -113,7 +114,7 @@ def main_figure(
     pretrain: Rows, anneals: Mapping[str, Rows], results: Mapping[str, Any],
     labels: Mapping[str, str],
 ) -> Figure:  # fmt: skip
-    """The whole run at a glance: training, held-out text, benchmarks."""
+    """The whole run at a glance: training, held-out text, right answers."""
     with style():
         figure, axes = panels(
             1, 3, width=11.0, height=3.3, gridspec_kw={"width_ratios": [1.35, 0.9, 1.15]}
@@ -130,11 +131,11 @@ def main_figure(
         axes[0].patch.set_visible(False)
         x, y = series(pretrain, "learning_rate")
         rate.annotate(
-            "learning rate", (x[len(x) // 3], y[len(x) // 3]), xytext=(0, 4),
-            textcoords="offset points", fontsize=8, color=GREY,
+            "learning rate", (x[len(x) // 4], 0.35 * y[len(x) // 4]), fontsize=8, color=GREY,
         )  # fmt: skip
         _bits_panel(axes[1], results, labels)
-        _accuracy_panel(axes[2], results)
+        _answers_panel(axes[2], results)
+        axes[2].legend(loc="upper center", bbox_to_anchor=(0.0, -0.22), ncols=3, handletextpad=0.2)
         return figure
 
 
@@ -162,8 +163,8 @@ def _runs(pretrain: Rows, anneals: Mapping[str, Rows], name: str):
 
 def _loss_panel(axis: Axes, pretrain: Rows, anneals: Mapping[str, Rows]) -> None:
     lows, highs = [], []
+    window = max(1, len(series(pretrain, "loss")[0]) // 40)
     for run, x, y, color in _runs(pretrain, anneals, "cross_entropy"):
-        window = max(1, len(y) // 40)
         axis.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
         axis.plot(x, smoothed(y, window), color=color, label=run)
         lows.append(y.min())
@@ -206,6 +207,17 @@ def _bits_panel(axis: Axes, results: Mapping[str, Any], labels: Mapping[str, str
     axis.set_xlabel("lower is better")
 
 
+def _answers_panel(axis: Axes, results: Mapping[str, Any]) -> None:
+    tasks = list(WORDED_TASKS)
+    before = [answer_bits(results[BEFORE], t).value for t in tasks]
+    after = [answer_bits(results[AFTER], t).value for t in tasks]
+    singles = [[answer_bits(results[i], t).value for i in ingredients(results)] for t in tasks]
+    names = [t.removesuffix("_rc").replace("_", "\n", 1) for t in tasks]
+    _dumbbells(axis, names, before, singles, after, errors=[0.0] * len(tasks))
+    axis.set_title("Bits per byte, right answers")
+    axis.set_xlabel("lower is better")
+
+
 def _accuracy_panel(axis: Axes, results: Mapping[str, Any]) -> None:
     tasks = list(results[BEFORE]["tasks"])
     before = [accuracy(results[BEFORE], t).value for t in tasks]
@@ -220,4 +232,4 @@ def _accuracy_panel(axis: Axes, results: Mapping[str, Any]) -> None:
     axis.scatter(chance, rows, marker="|", s=120, color=GREY, zorder=2, label="guessing")
     axis.set_title("Accuracy (%)")
     axis.set_xlabel("higher is better; bars: one standard error")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.4, -0.22), ncols=4, handletextpad=0.2)
+    axis.legend(loc="upper center", bbox_to_anchor=(-0.3, -0.2), ncols=4, handletextpad=0.2)

@@ -4,6 +4,7 @@ Paper section 4.4.2: a source under test with about as much general text, so tha
 for a fraction of the cost of a whole mid-training.
 """
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from experiments.olmo2.preparation import load_tokenizer
 from experiments.olmo2.recipe import Ingredient, Recipe
 from experiments.olmo2.stages import Stages
 from olmax.errors import UserError
+from olmax.models.config import Execution
 from olmax.reporting.document import Block, TableBlock
 from olmax.reporting.files import jsonable, write_json
 from olmax.reporting.tables import Column, Table
@@ -53,13 +55,7 @@ def run(recipe: Recipe, directory: pathlib.Path, stages: Stages, console: Consol
     with stages.run("microanneal", recipe.evaluation, after=after, outputs=[results]) as wanted:
         if wanted:
             write_json(directory / results, _evaluate(recipe, directory, console))
-    console.print(_table(_read(directory / results)).rich())
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    import json
-
-    return json.loads(path.read_text())
+    console.print(_table(json.loads((directory / results).read_text())).rich())
 
 
 def _evaluate(recipe: Recipe, directory: pathlib.Path, console: Console) -> dict[str, Any]:
@@ -69,7 +65,8 @@ def _evaluate(recipe: Recipe, directory: pathlib.Path, console: Console) -> dict
     found = {}
     for name, path in paths.items():
         console.print(f"evaluating {name}")
-        model = restore_model(str(path), execution=recipe.pretrain.execution)
+        execution = Execution(compute_dtype=recipe.pretrain.execution.compute_dtype)
+        model = restore_model(str(path), execution=execution)
         found[name] = evaluate_model(model, tokenizer, recipe, directory)
     steps = recipe.microanneal.steps
     tokens = steps * recipe.anneal.batch_size * recipe.pretrain.seq_len

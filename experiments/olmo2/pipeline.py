@@ -1,5 +1,6 @@
 """The stages in order, each done once."""
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from experiments.olmo2.recipe import Recipe, ingredient_name
 from experiments.olmo2.stages import Stages
 from olmax.data.prepared import Manifest
 from olmax.errors import UserError
+from olmax.models.config import Execution
 from olmax.models.decoder import Decoder
 from olmax.reporting.files import write_json
 from olmax.training import config_json
@@ -47,7 +49,13 @@ def run(recipe: Recipe, stage: str, console: Console, *, overwrite: bool = False
     """
     recipe.check()
     directory = pathlib.Path(recipe.directory)
-    with locked(directory):
+    if jax.process_count() > 1 and stage not in ("pretrain", "anneal"):
+        raise UserError(
+            f"stage {stage} runs in one process; on several hosts run pretrain and anneal, and the "
+            "other stages on one host with the same --run-dir"
+        )
+    # The hosts share the directory; the first one writes what is written once.
+    with locked(directory) if jax.process_index() == 0 else contextlib.nullcontext():
         if recipe.pretrain.compilation_cache is None:
             # The annealing runs are one program, and so are the evaluations of all models.
             jax.config.update("jax_compilation_cache_dir", str(directory.absolute() / COMPILED))
@@ -61,7 +69,8 @@ class _Pipeline:
         self.recipe = recipe
         self.directory = directory
         self.console = console
-        self.stages = Stages(directory, console, overwrite=overwrite)
+        primary = jax.process_index() == 0
+        self.stages = Stages(directory, console, overwrite=overwrite, primary=primary)
 
     def stage(self, name: str) -> None:
         stages: dict[str, Callable[[], None]] = {
@@ -148,7 +157,8 @@ class _Pipeline:
         from olmax.interop import load_model
         from olmax.training.checkpoints import restore_model
 
-        execution = self.recipe.pretrain.execution
+        # As `load_model` runs the soup: one program then serves all of them.
+        execution = Execution(compute_dtype=self.recipe.pretrain.execution.compute_dtype)
         models: dict[str, Callable[[], Decoder]] = {
             "pretrained": lambda: restore_model(
                 str(self.directory / training_stages.PRETRAIN), execution=execution

@@ -448,8 +448,8 @@ def build(recipe: Recipe, numbers: Mapping[str, Any]) -> Report:
             "Left: training loss (faint: every step) with the learning rate behind it; the dashed "
             "line is where annealing starts on another mix. Middle and right: the pretrained "
             "model, the annealing runs and their soup.",
-            "Training loss over tokens, bits per byte by source and accuracy by task, before and "
-            "after annealing",
+            "Training loss over tokens, bits per byte by source and of right answers by task, "
+            "before and after annealing",
         ),
         Findings(found),
         Text(
@@ -480,6 +480,12 @@ def build(recipe: Recipe, numbers: Mapping[str, Any]) -> Report:
         )
     held_out += [TableBlock(held_out_table(numbers)), TableBlock(_mix_table(numbers))]
     benchmarks: list[Block] = [
+        Figure(
+            figures.benchmark_figure(results),
+            "Models this small guess at most questions, so the probability of the right answer "
+            "(left; tasks with worded answers) says more than accuracy (right).",
+            "Bits per byte of the right answers and accuracy by task, before and after annealing",
+        ),
         TableBlock(benchmark_table(numbers)),
         TableBlock(_answer_table(numbers)),
         TableBlock(_task_table(results)),

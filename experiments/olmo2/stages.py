@@ -22,9 +22,23 @@ class Stages:
     stages it reads), and once it is complete its wall time.
     """
 
-    def __init__(self, directory: pathlib.Path, console: Console, *, overwrite: bool = False):
-        """`overwrite`: redo trained stages whose settings changed, instead of refusing."""
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        console: Console,
+        *,
+        overwrite: bool = False,
+        primary: bool = True,
+    ):
+        """
+        Args:
+          directory: the run directory.
+          console: where stages are announced.
+          overwrite: redo trained stages whose settings changed, instead of refusing.
+          primary: whether this process writes markers and removes results; of several hosts one.
+        """
         self.directory = directory
+        self._primary = primary
         self._console = console
         self._overwrite = overwrite
 
@@ -100,15 +114,18 @@ class Stages:
                     "choose another --run-dir, or --overwrite to do it anew"
                 )
             self._console.print(f"{stage}: anew, because of changes ({changes})", highlight=False)
-            for path in outputs:
+            for path in outputs if self._primary else ():
                 _remove(self.directory / path)
         self._console.rule(f"[bold]{stage}", align="left", style="dim")
         marker = {"stage": stage, "fingerprint": fingerprint, "inputs": inputs, "complete": False}
-        write_json(self._marker(stage), marker)
+        if self._primary:
+            write_json(self._marker(stage), marker)
         began = time.monotonic()
         yield True
         seconds = time.monotonic() - began
-        write_json(self._marker(stage), marker | {"complete": True, "seconds": round(seconds, 3)})
+        if self._primary:
+            marker |= {"complete": True, "seconds": round(seconds, 3)}
+            write_json(self._marker(stage), marker)
         self._console.print(f"[dim]{stage}: {seconds:.1f} s[/]", highlight=False)
 
 

@@ -16,6 +16,14 @@ from experiments.olmo2.recipe import Evaluation
 
 MATH_TASKS = ("arithmetic_rc", "word_problems_rc")
 """What the annealing mix's arithmetic is meant to teach."""
+WORDED_TASKS = (
+    "arithmetic_rc",
+    "word_problems_rc",
+    "docs_cloze_rc",
+    "code_identifiers_rc",
+    "copy_colors_rc",
+)
+"""Tasks whose answers are text, not letters: those that bits per byte say something about."""
 METRICS = {
     "arithmetic_rc": "acc_raw",
     "word_problems_rc": "acc_raw",

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 import shutil
 
+import jax
+
 from experiments.olmo2.dry_run import mix_rates
 from experiments.olmo2.preparation import data_directory, load_tokenizer, open_loader, read_held_out
 from experiments.olmo2.recipe import Ingredient, Recipe, ingredient_name
@@ -95,7 +97,8 @@ def _train(
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = data_directory(recipe, mix, directory) / "tokenizer.json"
-    shutil.copyfile(tokenizer, output / "tokenizer.json")
+    if jax.process_index() == 0:
+        shutil.copyfile(tokenizer, output / "tokenizer.json")
     with open_loader(
         recipe, mix, batch_size=config.batch_size, seed=seed, directory=directory
     ) as loader:
@@ -110,7 +113,7 @@ def _evaluators(recipe: Recipe, directory: pathlib.Path) -> list[Evaluator]:
         return []
     tokenizer = load_tokenizer(recipe, directory)
     # A quick look: text that fits the context, so that every document is one row.
-    length = recipe.pretrain.seq_len * 3 // 2
+    length = recipe.pretrain.seq_len * 5 // 4
     few = {name: [text[:length] for text in group[:16]] for name, group in texts.items()}
 
     def bits_per_byte(model) -> dict[str, float]:

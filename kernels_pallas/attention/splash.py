@@ -53,7 +53,7 @@ def attention(
     else:
         ids = splash_attention_kernel.SegmentIds(q_segment_ids, kv_segment_ids)
         out_BQLH = jax.vmap(kernel)(q_BQLH, k_BKSH, v_BKSH, ids)
-    out_BLQH = jnp.swapaxes(out_BQLH, 1, 2)
+    out_BLQH = jnp.swapaxes(jnp.asarray(out_BQLH), 1, 2)
     if q_segment_ids is None:
         return out_BLQH
     # Inside the kernel padding is a segment like any other and sees itself.

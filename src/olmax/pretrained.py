@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -211,10 +212,10 @@ class Pretrained:
         arguments as for `complete` and `generate_ids`.
         """
         if not isinstance(prompts, str) and not any(isinstance(each, str) for each in prompts):
-            return self.generate_ids(prompts, max_new_tokens=max_new_tokens, **kwargs)
-        return [
-            each.text for each in self.complete(prompts, max_new_tokens=max_new_tokens, **kwargs)
-        ]
+            ids = cast(Sequence[Sequence[int]], prompts)
+            return self.generate_ids(ids, max_new_tokens=max_new_tokens, **kwargs)
+        texts = cast(str | Sequence[str], prompts)
+        return [each.text for each in self.complete(texts, max_new_tokens=max_new_tokens, **kwargs)]
 
     def complete(
         self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, **kwargs

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -136,7 +137,7 @@ DEFAULT_RULES = Rules()
 
 
 def make_mesh(
-    config: MeshConfig | str = MeshConfig(), devices: Sequence[jax.Device] | None = None
+    config: MeshConfig | str = MeshConfig(), devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh with the axes `MESH_AXES` over all devices (or the given ones).
 

@@ -1,8 +1,9 @@
-"""The peer of the throughput benchmark: Hugging Face's OLMo 2 trained with torch, one step at a time on request.
+"""The peer of the throughput benchmark: Hugging Face's OLMo 2 trained with torch, one step at a
+time on request.
 
-Runs in the peers' environment (`make peers`), not in ours. `experiments/olmo2/benchmark.py` starts it with the shape as one
-JSON argument, then writes one number of steps a line to its standard input and reads back the seconds of every step.
-"""
+Runs in the peers' environment (`make peers`), not in ours. `experiments/olmo2/benchmark.py` starts
+it with the shape as one JSON argument, then writes one number of steps a line to its standard input
+and reads back the seconds of every step."""
 
 import json
 import sys

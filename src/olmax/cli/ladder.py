@@ -80,7 +80,7 @@ class Fit:
     config: str | None = None
     """Configuration in the released format instead: which runs are fitted, which are targets."""
     sizes: tuple[str, ...] = ()
-    """N of sizes that are not of the released ladder, as SIZE=N, where SIZE starts a file's name."""
+    """N of sizes that are not of the released ladder, as SIZE=N; SIZE starts a file's name."""
     tasks: tuple[str, ...] = ()
     """Names of released tasks; the paper's eight, or those found in the columns, when left out."""
     chance: tuple[str, ...] = ()

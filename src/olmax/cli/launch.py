@@ -122,7 +122,7 @@ class Launch:
     def _render(self, job: Any, topology: Any) -> Any:
         from olmax.launching import local, queued_resources, slurm, xpk
 
-        cloud = dict(project=self.project, zone=self.zone, spot=self.spot)
+        cloud: Any = dict(project=self.project, zone=self.zone, spot=self.spot)
         if self.runner == "xpk":
             return xpk.render(job, topology, cluster=self.cluster, image=self.image, **cloud)
         if self.runner == "queued-resources":

@@ -1,7 +1,7 @@
 """Dispatch of `olmax <verb>`.
 
-A verb is a dataclass in a module of its own with a `run` method. Those modules import nothing heavy at their top, so that
-`olmax --help` is quick; jax comes in when a verb runs.
+A verb is a dataclass in a module of its own with a `run` method. Those modules import nothing heavy
+at their top, so that `olmax --help` is quick; jax comes in when a verb runs.
 """
 
 import os
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="olmax",
-            description="Fully open language models in JAX: convert, score, evaluate, generate, merge.",
+            description="Fully open language models in JAX.",
             args=argv,
         )
     )

@@ -213,6 +213,7 @@ def _generate_batch(
             state,
             place(tokens_BL[:, part], mesh, batch_only=True),
             place(segments_BL[:, part], mesh, batch_only=True),
+            first=start == 0,
             mesh=mesh,
         )
     seeds_B2 = np.zeros((count, 2), np.uint32)
@@ -282,9 +283,9 @@ def _empty_state(graphdef, params, done_B, *, capacity: int, mesh: Mesh | None) 
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graphdef", "first", "mesh"), donate_argnames="state")
 def _prefill(
-    graphdef, params, state: _State, tokens_BL, segments_BL, *, mesh: Mesh | None
+    graphdef, params, state: _State, tokens_BL, segments_BL, *, first: bool, mesh: Mesh | None
 ) -> _State:
     model = nnx.merge(graphdef, params)
     # Padding comes first in a row, so its positions, which nothing reads, may be anything.
@@ -292,7 +293,11 @@ def _prefill(
     positions_BL = state.position_B[:, None] + jnp.maximum(counted_BL - 1, 0)
     with sharding.use_mesh(mesh):
         hidden_BLD, cache = model.decode(
-            tokens_BL, state.cache, positions_BL=positions_BL, segment_ids_BL=segments_BL
+            tokens_BL,
+            state.cache,
+            positions_BL=positions_BL,
+            segment_ids_BL=segments_BL,
+            empty=first,
         )
     return dataclasses.replace(
         state,

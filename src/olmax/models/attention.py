@@ -2,6 +2,8 @@
 KV cache.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -50,7 +52,7 @@ class Attention(nnx.Module):
             dtype,
         )
         if config.qk_norm == "full":
-            norm = dict(eps=config.norm_eps, stack=stack, param_dtype=dtype, rngs=rngs)
+            norm: Any = dict(eps=config.norm_eps, stack=stack, param_dtype=dtype, rngs=rngs)
             self.q_norm = RMSNorm([(k, "kv_heads"), (g, None), (h, None)], **norm)
             self.k_norm = RMSNorm([(k, "kv_heads"), (h, None)], **norm)
 
@@ -65,7 +67,6 @@ class Attention(nnx.Module):
         """Attention output [B, L, D], and the updated (k, v) of the layer's cache when there is
         one.
         """
-        g = self.config.group_size
         batch, length, _ = x_BLD.shape
         qkv_BLKCH = project(x_BLD, self.qkv[...])
         qkv_BLKCH = checkpoint_name(qkv_BLKCH, "qkv")

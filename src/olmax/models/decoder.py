@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, execution: Execution, *, stack=(), rngs: nnx.Rngs):
         self.norm_position = config.norm_position
-        norm = dict(eps=config.norm_eps, stack=stack, param_dtype=execution.param_dtype, rngs=rngs)
+        norm: Any = dict(
+            eps=config.norm_eps, stack=stack, param_dtype=execution.param_dtype, rngs=rngs
+        )
         self.attention = Attention(config, execution, stack=stack, rngs=rngs)
         self.attention_norm = RMSNorm([(config.d_model, None)], **norm)
         self.mlp = MLP(config, execution, stack=stack, rngs=rngs)
@@ -176,15 +179,15 @@ class Decoder(nnx.Module):
             cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), cache.length, axis=1
         )
         cache = dataclasses.replace(cache, segment_ids_BS=segments_BS)
-        x_BLD, cache = self.trunk(
+        x_BLD, grown = self.trunk(
             self.embedder(tokens_BL),
             positions_BL=positions_BL,
             segment_ids_BL=segment_ids_BL,
             cache=cache,
             cache_is_empty=empty,
         )
-        assert cache is not None
-        return x_BLD, cache
+        assert grown is not None
+        return x_BLD, grown
 
     def layer_outputs(self, x_BLD: jax.Array, offsets_NBLD: jax.Array | None = None) -> jax.Array:
         """Hidden states [N, B, L, D] after every layer, for studies of the network itself.
@@ -249,7 +252,7 @@ class Decoder(nnx.Module):
         layer_caches = None if cache is None else (cache.k_NBSKH, cache.v_NBSKH)
         unroll = self.config.n_layers if self.execution.unroll_layers else 1
         x_BLD, updated = jax.lax.scan(layer, x_BLD, (stacked, layer_caches), unroll=unroll)
-        if cache is not None:
+        if cache is not None and updated is not None:
             k_NBSKH, v_NBSKH = updated
             cache = dataclasses.replace(
                 cache, k_NBSKH=k_NBSKH, v_NBSKH=v_NBSKH, length=cache.length + length

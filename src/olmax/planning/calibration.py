@@ -1,7 +1,8 @@
 """Plans beside published measurements: the error that every plan states as its own.
 
-`calibration.json` holds what `python -m olmax.planning.calibration` found, row by row, with the
-versions it was found with.
+`python -m olmax.planning.calibration FILE` plans the published rows; `calibration.json` beside this
+file is such a file, with the versions it was made with. Without rows, plans say that their error is
+not known.
 """
 
 import dataclasses
@@ -42,9 +43,11 @@ def measured() -> list[dict]:
     return json.loads(file.read_text())["rows"]
 
 
-def relative_error() -> float:
-    """Root mean square of the relative error of the planned MFU over the table."""
+def relative_error() -> float | None:
+    """Root mean square of the relative error of the planned MFU over the table; None if empty."""
     errors = [row["planned_mfu"] / row["published_mfu"] - 1 for row in measured()]
+    if not errors:
+        return None
     return math.sqrt(sum(error * error for error in errors) / len(errors))
 
 

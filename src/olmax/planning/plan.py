@@ -79,8 +79,8 @@ class Plan:
     exposed_collective_seconds: float | None
     cycles: int | None
     mfu: float | None
-    mfu_error: float
-    """Relative; see `olmax.planning.calibration`."""
+    mfu_error: float | None
+    """Relative; None before any calibration (see `olmax.planning.calibration`)."""
     tokens_per_second_per_chip: float | None
     collectives: tuple[CollectiveTotal, ...]
     parts: tuple[PartTotal, ...]

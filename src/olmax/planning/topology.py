@@ -6,13 +6,10 @@ import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from olmax.errors import UserError
 from olmax.planning import chips
-
-if TYPE_CHECKING:
-    from jax import Device
 
 # libtpu asks its surroundings who it is; these answers keep it from waiting for a metadata server.
 _ENVIRONMENT = {
@@ -76,7 +73,7 @@ class Topology:
         """Google Cloud's name of one slice, `v5p-128`."""
         return f"{self.chip.accelerator}-{math.prod(self.shape) * self.chip.cores_in_name}"
 
-    def devices(self) -> "list[Device]":
+    def devices(self) -> "list[Any]":
         """Devices to compile for; they cannot run anything.
 
         Raises:

@@ -20,6 +20,12 @@ def _title(plan: dict[str, Any]) -> str:
     return f"{plan['model']} on {slices}{plan['topology']}, {_mesh(plan)}"
 
 
+def _error(plan: dict[str, Any]) -> str:
+    if plan["mfu_error"] is None:
+        return "how far plans are off is not known: none is calibrated"
+    return f"plans are off by {plan['mfu_error']:.0%} of the value over published runs"
+
+
 def duration(days: float | None) -> str:
     """`12.3 days`, or hours below two days."""
     if days is None:
@@ -56,8 +62,7 @@ def summary(plan: dict[str, Any]) -> Table:
             ],
             [
                 "MFU",
-                f"{plan['mfu']:.1%} (plans are off by {plan['mfu_error']:.0%} of the value, root "
-                "mean square over published runs)",
+                f"{plan['mfu']:.1%} ({_error(plan)})",
             ],
             ["tokens a second and chip", f"{plan['tokens_per_second_per_chip']:,.0f}"],
             [
@@ -172,7 +177,7 @@ def report(plan: dict[str, Any]) -> Report:
     if plan["mfu"] is not None:
         numbers += [
             (f"{plan['step_seconds']:.2f} s", "a step"),
-            (f"{plan['mfu']:.1%}", f"MFU, give or take {plan['mfu_error']:.0%} of it"),
+            (f"{plan['mfu']:.1%}", f"MFU; {_error(plan)}"),
             (duration(plan["days"]), f"for {plan['tokens']:.3g} tokens"),
             (f"${plan['price']:,.0f}", f"at ${plan['price_per_chip_hour']:.2f} a chip-hour"),
         ]

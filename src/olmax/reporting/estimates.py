@@ -59,7 +59,7 @@ def ratio_difference(
 ) -> Estimate:
     """`ratio(after) - ratio(before)` over the same units and denominators."""
     difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-    return ratio(difference, denominators)
+    return ratio(difference.tolist(), denominators)
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:

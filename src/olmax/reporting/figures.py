@@ -7,8 +7,10 @@ import base64
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib
+from cycler import cycler
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +21,7 @@ ORANGE, SKY, GREY, INK = "#e69f00", "#56b4e9", "#8a929c", "#1f2933"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
 FAINT = "#d9dee4"
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -35,7 +37,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "text.color": INK,

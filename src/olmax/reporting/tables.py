@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal, cast
 
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
@@ -34,8 +35,7 @@ class Column:
     heading: str
     digits: int = 2
     signed: bool = False
-    align: str = "right"
-    """`left` or `right`."""
+    align: Literal["left", "right"] = "right"
 
 
 @dataclasses.dataclass
@@ -70,7 +70,7 @@ class Table:
         return [
             [
                 cell_text(cell, column.digits, signed=column.signed)
-                for cell, column in zip(row, self.columns, strict=True)
+                for cell, column in zip(row, cast(Sequence[Column], self.columns), strict=True)
             ]
             for row in self.rows
         ]
@@ -78,7 +78,7 @@ class Table:
     def rich(self) -> RichTable:
         """For `rich.console.Console.print`."""
         table = RichTable(title=self.title or None, caption=self.caption or None)
-        for column in self.columns:
+        for column in cast(Sequence[Column], self.columns):
             table.add_column(RichText(column.heading), justify=column.align, no_wrap=True)
         for number, row in enumerate(self.texts()):
             style = "bold" if number in self.strong_rows else None

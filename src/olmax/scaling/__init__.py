@@ -1,9 +1,9 @@
 """Task scaling laws: predict a benchmark score from a ladder of small runs.
 
-    runs = scaling.read_runs(["runs/"])
-    fit = scaling.fit_ladder(runs)
-    draws = scaling.resample(runs, fit)
-    draws.table(scaling.Target("7B", 6.9e9, 3.9e12))
+runs = scaling.read_runs(["runs/"])
+fit = scaling.fit_ladder(runs)
+draws = scaling.resample(runs, fit)
+draws.table(scaling.Target("7B", 6.9e9, 3.9e12))
 """
 
 from typing import TYPE_CHECKING

@@ -259,9 +259,7 @@ def _block(law: str, kind: str, iterations, box, shared, data, p, damping, delta
                 (good & (how_much < 1e-1)) | (how_much > 1e8)
             )
             new_damping.append(
-                jnp.where(
-                    good, jnp.maximum(how_much * 0.2, 1e-12), jnp.minimum(how_much * 4, 1e10)
-                )
+                jnp.where(good, jnp.maximum(how_much * 0.2, 1e-12), jnp.minimum(how_much * 4, 1e10))
             )
             better = good & (new[0] < best[0]) & ~done
             best_p, best = jax.tree.map(

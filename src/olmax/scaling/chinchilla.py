@@ -41,7 +41,9 @@ class Surface:
         n = float(np.exp(log_g + p["beta"] / total * np.log(compute / 6)))
         return n, compute / 6 / n
 
-    def cheapest(self, loss: float, *, log10_range: tuple[float, float] = (12, 40)) -> tuple[float, float]:
+    def cheapest(
+        self, loss: float, *, log10_range: tuple[float, float] = (12, 40)
+    ) -> tuple[float, float]:
         """(N, D) of the least 6 N D that reaches a loss.
 
         Raises:
@@ -185,7 +187,7 @@ def fit_isoflop(
         lowest.append(c - b * b / (4 * a))
     if len(budgets) < 2:
         raise UserError(
-            f"IsoFLOP needs two budgets with at least three sizes and a minimum; found {len(budgets)}"
+            f"IsoFLOP needs two budgets with three sizes or more and a minimum; found {len(budgets)}"
         )
     exponent, factor = np.polyfit(np.log(budgets), vertices, 1)
     return IsoFlop(

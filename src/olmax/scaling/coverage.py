@@ -136,9 +136,7 @@ def coverage_study(
     for number, name in enumerate(fit.tasks):
         truth = truth_of(runs, fit, name)
         rng = np.random.default_rng([seed, number])
-        prepared = [
-            prepare(truth.ladder(rng), truth.task, fit.procedure) for _ in range(per_task)
-        ]
+        prepared = [prepare(truth.ladder(rng), truth.task, fit.procedure) for _ in range(per_task)]
         fits = [fit_task(data, fit.procedure) for data in prepared]
         say(f"{name}: {per_task} simulated ladders fitted")
         refits = refit(prepared, fits, counts, fit.procedure)

@@ -53,7 +53,9 @@ class LawFit:
         """What a reader has to know before using the fit; empty when nothing."""
         notes = []
         if not self.converged:
-            notes.append(f"not converged (objective {self.excess:.1%} above the best of many starts)")
+            notes.append(
+                f"not converged (objective {self.excess:.1%} above the best of many starts)"
+            )
         if self.at_bounds:
             notes.append(f"at a bound: {', '.join(self.at_bounds)}")
         return "; ".join(notes)
@@ -220,9 +222,7 @@ def _checked(prepared: list[TaskData], fits: dict[str, TaskFit], procedure: Proc
         prepared[0].inputs,
         np.stack([data.values for data in prepared]),
         np.stack([data.weights for data in prepared]),
-        np.stack(
-            [batched.shared_starts(law, [fits[d.task.name].step1.vector]) for d in prepared]
-        ),
+        np.stack([batched.shared_starts(law, [fits[d.task.name].step1.vector]) for d in prepared]),
         delta=procedure.delta,
     )
     checked = {}

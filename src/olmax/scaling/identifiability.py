@@ -32,7 +32,9 @@ def design_warnings(runs: Sequence[Run], procedure: Procedure) -> list[str]:
     if procedure.step1 == "power_c":
         levels = _distinct([run.parameters * run.tokens[-1] for run in runs])
         if levels < 3:
-            found.append(f"{levels} levels of compute cannot determine A, alpha and E; give 3 or more")
+            found.append(
+                f"{levels} levels of compute cannot determine A, alpha and E; give 3 or more"
+            )
         return found
     sizes = _distinct([run.parameters for run in runs])
     lengths = _distinct([run.tokens[-1] for run in runs])
@@ -43,7 +45,9 @@ def design_warnings(runs: Sequence[Run], procedure: Procedure) -> list[str]:
             "and E of L(N, D); give at least 3 sizes"
         )
     if lengths < 3:
-        found.append(f"{lengths} lengths cannot determine B, beta and E of L(N, D); give at least 3")
+        found.append(
+            f"{lengths} lengths cannot determine B, beta and E of L(N, D); give at least 3"
+        )
     if len(runs) > 2 and _distinct([run.tokens[-1] / run.parameters for run in runs]) == 1:
         found.append(
             "tokens are proportional to parameters in all runs: the terms of N and of D cannot be "
@@ -125,7 +129,9 @@ def equally_good_range(
     ranges = []
     for number, data in enumerate(prepared):
         fits = found.parameters[number * points : (number + 1) * points]
-        plain = batched.huber_objectives(law, inputs, data.values, weights[number][None], fits, delta)
+        plain = batched.huber_objectives(
+            law, inputs, data.values, weights[number][None], fits, delta
+        )
         # Few runs can be fitted nearly exactly; residuals of 1e-4 are then as good as none.
         limit = best.objective[number] * (1 + tolerance) + 0.5e-8 * data.weights.sum()
         reached = law(fits, *target)

@@ -32,13 +32,13 @@ class Law:
     """For people, with the parameters' names."""
     blocks: tuple[tuple[int, ...], ...] = ()
     """Parameters that trade against each other most, in pairs; solvers damp them together."""
-    curvature: Callable[[Any, Sequence[Array], Sequence[Array]], dict[tuple[int, int], Array]] | None = (
-        None
-    )
-    """(xp, parameters, inputs) -> the second derivatives that are not zero, by (i, j) with i <= j."""
-    released: Callable[[Any, Sequence[Array], Sequence[Array]], tuple[Array, list[Array]]] | None = (
-        None
-    )
+    curvature: (
+        Callable[[Any, Sequence[Array], Sequence[Array]], dict[tuple[int, int], Array]] | None
+    ) = None
+    """(xp, parameters, inputs) -> second derivatives that are not zero, by (i, j) with i <= j."""
+    released: (
+        Callable[[Any, Sequence[Array], Sequence[Array]], tuple[Array, list[Array]]] | None
+    ) = None
     """The same function in the arithmetic of the released code where that is less stable: where its
     optimiser stops in a flat valley depends on the rounding, and so do its published numbers."""
 
@@ -172,9 +172,7 @@ def _single_step_curvature(xp, p, x):
     s = _logistic(xp, inner)
     bend = s * (1 - s)
     twice = bend * (1 - 2 * s)
-    found = {
-        (i, j): p[5] * twice * slopes[i] * slopes[j] for i in range(5) for j in range(i, 5)
-    }
+    found = {(i, j): p[5] * twice * slopes[i] * slopes[j] for i in range(5) for j in range(i, 5)}
     for key, value in _power_nd_curvature(xp, p[:5], x).items():
         found[key] = found[key] + p[5] * bend * value
     found.update({(i, 5): bend * slopes[i] for i in range(5)})

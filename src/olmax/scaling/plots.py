@@ -60,8 +60,7 @@ def step1_figure(runs: Sequence[Run], fit: LadderFit, targets: Sequence[Run] = (
             for size, color in colors.items():
                 group = [run for run in runs if run.size == size]
                 values = [
-                    final_value(r, task.task, procedure.step1_metric, procedure.last)
-                    for r in group
+                    final_value(r, task.task, procedure.step1_metric, procedure.last) for r in group
                 ]
                 panel.plot(_compute(group), values, "o", color=color, markersize=4, label=size)
                 tokens = np.geomspace(
@@ -163,7 +162,12 @@ def prediction_figure(table: pd.DataFrame, title: str) -> Figure:
         panel.plot(predicted, y, "o", color=figures.BLUE, markersize=6, label="predicted")
         if "actual" in table:
             panel.plot(
-                100 * table["actual"], y, "x", color=figures.VERMILLION, markersize=7, label="actual"
+                100 * table["actual"],
+                y,
+                "x",
+                color=figures.VERMILLION,
+                markersize=7,
+                label="actual",
             )
         panel.set_yticks(y, list(table.index))
         panel.set_xlabel("accuracy (%)")

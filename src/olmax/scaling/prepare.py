@@ -59,7 +59,9 @@ class TaskData:
     def resampled(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights of both steps when run r is drawn counts[b, r] times: [B, R] and [B, G]."""
         helpers = np.ones((len(counts), len(self.group_weights) - self.runs))
-        both = np.concatenate([counts, helpers], 1) if self.step2_law else np.zeros((len(counts), 0))
+        both = (
+            np.concatenate([counts, helpers], 1) if self.step2_law else np.zeros((len(counts), 0))
+        )
         return counts * self.weights, both * self.group_weights
 
 

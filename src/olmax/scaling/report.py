@@ -46,7 +46,9 @@ def ladder_report(
     if warnings:
         sections.append(Section("Read this first", [Text(sentence) for sentence in warnings]))
     for name, table in (predictions or {}).items():
-        sections.append(Section(f"Predictions for {name}", _prediction_blocks(name, table, resamples)))
+        sections.append(
+            Section(f"Predictions for {name}", _prediction_blocks(name, table, resamples))
+        )
     if runs:
         sections.append(
             Section(
@@ -71,7 +73,7 @@ def ladder_report(
                         Figure(
                             second,
                             "Dots: checkpoints that were fitted. Line: the fit; dotted: chance. "
-                            "Crosses: targets' actual loss and score, circles: chained predictions.",
+                            "Crosses: targets' loss and score, circles: chained predictions.",
                             "Accuracy over loss, one panel per task",
                         )
                     ],
@@ -120,8 +122,8 @@ def _prediction_blocks(name: str, table: pd.DataFrame, resamples: int) -> list:
     blocks.append(
         Figure(
             plots.prediction_figure(table, name),
-            f"Intervals: 5% to 95% of {resamples:,} refits of both steps to resampled runs, with the "
-            "scatter of a single run."
+            f"Intervals: 5% to 95% of {resamples:,} refits of both steps to resampled runs, with "
+            "the scatter of a single run."
             if "low" in table
             else "Point predictions; no intervals were computed.",
             "Predicted scores with intervals",
@@ -157,9 +159,7 @@ def coefficient_tables(fit: LadderFit) -> list[Table]:
     """One table per step: parameters, fit error and what is wrong with a fit."""
     tables = []
     for step in (1, 2):
-        fits = {
-            name: task.step1 if step == 1 else task.step2 for name, task in fit.tasks.items()
-        }
+        fits = {name: task.step1 if step == 1 else task.step2 for name, task in fit.tasks.items()}
         present = {name: law for name, law in fits.items() if law is not None}
         if not present:
             continue

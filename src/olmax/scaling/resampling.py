@@ -84,9 +84,7 @@ class Draws:
 
     def features(self, name: str, target: Target) -> np.ndarray:
         """float64 [B]: draws of step 1's expected value at a target."""
-        return LAWS[self.laws[name][0]](
-            self.tasks[name].step1, *target.inputs(self.procedure)
-        )
+        return LAWS[self.laws[name][0]](self.tasks[name].step1, *target.inputs(self.procedure))
 
     def interval(
         self, name: str, target: Target, *, level: float = LEVEL, noise: bool = True
@@ -213,9 +211,7 @@ def _refit_step1(prepared, full, counts, delta: float) -> batched.BatchSolution:
         for number, data in enumerate(prepared):
             part = slice(number * samples, (number + 1) * samples)
             pool = best.parameters[part]
-            scores = batched.huber_objectives(
-                law, inputs, data.values, weights[part], pool, delta
-            )
+            scores = batched.huber_objectives(law, inputs, data.values, weights[part], pool, delta)
             lent.append(pool[np.argsort(scores, 1)[:, :3]])
         found = batched.polish_huber(
             law, inputs, values, weights, np.concatenate(lent), delta=delta

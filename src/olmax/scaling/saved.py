@@ -45,9 +45,9 @@ def target_warnings(fit: LadderFit, target: Target) -> list[str]:
     found = []
     if target.parameters <= max(sizes) and target.tokens <= max(tokens):
         found.append(
-            f"{target.name}: N={target.parameters:.3g}, D={target.tokens:.3g} lies inside the fitted "
-            f"range (N up to {max(sizes):.3g}, D up to {max(tokens):.3g}): this is no extrapolation, "
-            "its error says little about larger models"
+            f"{target.name}: N={target.parameters:.3g}, D={target.tokens:.3g} lies inside the "
+            f"fitted range (N up to {max(sizes):.3g}, D up to {max(tokens):.3g}): this is no "
+            "extrapolation, its error says little about larger models"
         )
     compute = target.parameters * target.tokens
     factor = compute / max(n * d for n, d in zip(sizes, tokens, strict=True))
@@ -111,7 +111,9 @@ def load(path: epath.PathLike) -> SavedLadder:
         procedure = content["procedure"]
         procedure["delta"] = np.inf if procedure["delta"] is None else procedure["delta"]
         tasks = {
-            name: TaskFit(_task(t["task"]), _law_fit(t["step1"]), t["step2"] and _law_fit(t["step2"]))
+            name: TaskFit(
+                _task(t["task"]), _law_fit(t["step1"]), t["step2"] and _law_fit(t["step2"])
+            )
             for name, t in content["tasks"].items()
         }
         fit = LadderFit(

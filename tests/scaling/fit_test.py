@@ -1,0 +1,137 @@
+"""The published procedure on the released runs."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from olmax import scaling
+from olmax.errors import UserError
+from olmax.scaling import fit as fitting
+from olmax.scaling.procedure import VARIANTS
+from olmax.scaling.variance import VARIANCE_TASKS, checkpoint_scatter, correlation
+
+FILES = {
+    "mmlu": "mmlu_avg_test_5shot",
+    **{name: f"{name}_5shot" for name in scaling.MAIN_TASKS if name != "mmlu"},
+}
+
+
+def authors(released, name, column) -> dict[str, float]:
+    """A column of the authors' own results by our task names."""
+    with open(released / "figures" / f"{name}.csv") as file:
+        rows = {row["Task"]: float(row[column]) for row in csv.DictReader(file)}
+    return {task: rows[key] for task, key in FILES.items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "ours", "tolerance"),
+    [
+        ("chained_main", "accuracy", 1e-6),
+        ("step1_main", "feature", 1e-6),
+        ("step2_main", "step2", 1e-6),
+    ],
+)
+def test_13b_equals_the_authors_results(released, fit, target_runs, file, ours, tolerance):
+    table = fit.compare(target_runs[1])
+    for task, value in authors(released, file, "Pred").items():
+        assert table.loc[task, ours] == pytest.approx(value, abs=tolerance)
+    actual = "feature_actual" if file == "step1_main" else "actual"
+    for task, value in authors(released, file, "Actual").items():
+        assert table.loc[task, actual] == pytest.approx(value, abs=1e-12)
+
+
+def test_fit_errors_equal_the_authors(released, fit):
+    for task, value in authors(released, "step1_main", "Fit Error").items():
+        assert fit.tasks[task].step1.fit_error == pytest.approx(value, abs=1e-6)
+
+
+def test_direct_accuracy_collapses_as_published(released, runs, target_runs):
+    fit = scaling.fit_ladder(runs, procedure=VARIANTS["direct_accuracy"], check=False)
+    table = fit.compare(target_runs[1])
+    for task, value in authors(released, "step1_acc_main", "Pred").items():
+        assert table.loc[task, "accuracy"] == pytest.approx(value, abs=5e-6)
+
+
+def test_c4_step_one_is_one_fit(released, runs, target_runs):
+    fit = scaling.fit_ladder(runs, procedure=VARIANTS["c4"], check=False)
+    table = fit.compare(target_runs[1])
+    for task, value in authors(released, "step1_c4_main", "Pred").items():
+        assert table.loc[task, "feature"] == pytest.approx(value, abs=1e-6)
+    for task, value in authors(released, "step2_c4_main", "Pred").items():
+        assert table.loc[task, "step2"] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_fit_at_a_bound_says_so(fit):
+    assert fit.tasks["csqa_val"].step1.at_bounds == ("E",)
+    assert "at a bound: E" in fit.tasks["csqa_val"].step1.status()
+    assert fit.tasks["mmlu"].step1.status() == ""
+
+
+def test_a_worse_objective_than_elsewhere_is_not_converged(fit):
+    bad = fitting._with_excess(fit.tasks["mmlu"].step1, fit.tasks["mmlu"].step1.objective / 1.5)
+    assert not bad.converged
+    assert "not converged" in bad.status()
+
+
+def test_scatter_of_the_last_checkpoints(released, runs):
+    with open(released / "figures" / "variance.csv") as file:
+        rows = {row["Task"]: row for row in csv.DictReader(file)}
+    titles = {"CommonsenseQA": "csqa_val", "MMLU": "mmlu", "BoolQ": "boolq_val"}
+    titles |= {"PIQA": "piqa_val", "Social IQa": "socialiqa_val", "HellaSwag": "hellaswag_val"}
+    titles |= {"OpenBookQA": "openbookqa_test", "Winogrande": "winogrande_val"}
+    titles |= {"ARC-Easy": "arc_easy_test", "ARC-Challenge": "arc_challenge_test"}
+    run = next(r for r in runs if r.name == "1B-10xC")
+    table = checkpoint_scatter(run, scaling.get_tasks(VARIANCE_TASKS))
+    for title, name in titles.items():
+        row = rows[title]
+        assert table.loc[name, "loss_sd"] == pytest.approx(float(row["Loss SD"]), abs=1e-9)
+        assert table.loc[name, "loss_relative"] == pytest.approx(
+            float(row["Loss Rel SD (CV)"]), abs=1e-9
+        )
+        assert table.loc[name, "accuracy_sd"] == pytest.approx(float(row["Accuracy SD"]), abs=1e-9)
+    errors = [abs(float(rows[t]["7B Accuracy Rel Error"])) for t in titles]
+    r, p = correlation([table.loc[n, "loss_sd"] for n in titles.values()], errors)
+    assert (round(r, 3), round(p, 3)) == (0.821, 0.004)
+
+
+def test_too_few_runs_and_no_runs(runs):
+    with pytest.raises(UserError, match="4 runs cannot determine the 5 parameters"):
+        scaling.fit_ladder(runs[:4], check=False)
+    with pytest.raises(UserError, match="no runs"):
+        scaling.fit_ladder([])
+
+
+def test_flops_need_flops_per_token(runs):
+    import dataclasses
+
+    unknown = [dataclasses.replace(run, flops_per_token=None) for run in runs]
+    with pytest.raises(UserError, match="FLOPs per token are not known"):
+        scaling.fit_ladder(unknown, procedure=VARIANTS["flops"], check=False)
+
+
+def test_a_frame_in_memory_fits_like_a_file(runs, fit):
+    again = [
+        scaling.run_from_frame(run.table, name=run.name, parameters=run.parameters) for run in runs
+    ]
+    other = scaling.fit_ladder(again, tasks=scaling.get_tasks(["piqa_val"]), check=False)
+    np.testing.assert_array_equal(
+        other.tasks["piqa_val"].step1.vector, fit.tasks["piqa_val"].step1.vector
+    )
+
+
+def test_run_weights_and_chance_floor_change_what_they_should(runs):
+    import dataclasses
+
+    from olmax.scaling.prepare import prepare
+
+    task = scaling.TASKS["csqa_val"]
+    floor = dataclasses.replace(scaling.PUBLISHED, floor="chance")
+    fitted = scaling.fit_ladder(runs, tasks=[task], procedure=floor, check=False).tasks["csqa_val"]
+    p = fitted.step2.parameters
+    assert p["a"] + p["b"] == pytest.approx(0.2, abs=2e-3)
+    by_run = prepare(runs, task, dataclasses.replace(scaling.PUBLISHED, weights="runs"))
+    weights = by_run.group_weights[by_run.groups]
+    shares = [weights[by_run.groups == r].sum() for r in range(16)]
+    np.testing.assert_allclose(shares, shares[0])
+    assert sum(shares) == pytest.approx(1401)
