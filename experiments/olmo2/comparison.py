@@ -10,6 +10,7 @@ from experiments.olmo2.evaluate import (
     above_guessing,
     accuracy,
     accuracy_change,
+    answer_bits,
     answer_bits_change,
     bits_per_byte,
     bits_per_byte_change,
@@ -81,6 +82,11 @@ def ingredients(results: Mapping[str, Result]) -> list[str]:
     return [name for name in results if name not in (BEFORE, AFTER)]
 
 
+def average_answer_bits(result: Result, tasks: Sequence[str]) -> Estimate:
+    """Bits per byte of the right answers, mean over tasks."""
+    return estimates.average([answer_bits(result, task) for task in tasks])
+
+
 def average_answer_bits_change(before: Result, after: Result, tasks: Sequence[str]) -> Estimate:
     """Paired difference of bits per byte of the right answers, mean over tasks."""
     return estimates.average([answer_bits_change(before, after, task) for task in tasks])
@@ -89,9 +95,8 @@ def average_answer_bits_change(before: Result, after: Result, tasks: Sequence[st
 def findings(results: Mapping[str, Result], annealed: Sequence[str]) -> list[Finding]:
     """The paper's effects, each with the verdict that the measurements give.
 
-    Small models guess at most questions, so the benchmarks are judged by the bits per byte of the
-    right answers, as the paper advises for its 1B, and by accuracy only where some model does
-    better than guessing.
+    Benchmarks are judged by the bits per byte of the right answers, as the paper advises for small
+    models (appendix B.1), and by accuracy only where some model does better than guessing.
 
     Args:
       results: evaluation by model: `pretrained`, the ingredients, `soup`.

@@ -1,13 +1,14 @@
 """Figures of the report, and the one that opens the README."""
 
-import pathlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 from experiments.olmo2.comparison import AFTER, BEFORE, ingredients
 from experiments.olmo2.evaluate import accuracy, answer_bits, bits_per_byte
@@ -66,6 +67,8 @@ def training_figure(pretrain: Rows, anneals: Mapping[str, Rows]) -> Figure:
         axes[1].set_ylim(bottom=0)
         axes[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes[2].set_yscale("log")
+        axes[2].yaxis.set_major_formatter(LogFormatter())
+        axes[2].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes[2].set_xlabel("tokens (millions)")
         return figure
 
@@ -139,11 +142,9 @@ def main_figure(
         return figure
 
 
-def write_main_figure(report_json: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-    """Draws the main figure from a finished run's report.json as PNG."""
-    import json
-
-    report = json.loads(report_json.read_text())
+def write_main_figure(report_json: epath.PathLike, path: epath.PathLike) -> epath.Path:
+    """Draws the main figure from a finished run's report.json as a PNG below 120 kB."""
+    report = json.loads(epath.Path(report_json).read_text())
     curves = report["curves"]
     figure = main_figure(
         curves["pretrain"], curves["anneal"], report["evaluation"], report["shares"]

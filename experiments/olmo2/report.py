@@ -14,6 +14,8 @@ from experiments.olmo2.comparison import (
     BEFORE,
     average_accuracy,
     average_accuracy_change,
+    average_answer_bits,
+    average_answer_bits_change,
     average_bits,
     average_bits_change,
     best_ingredient,
@@ -202,7 +204,7 @@ def held_out_table(numbers: Mapping[str, Any]) -> Table:
     ]
     rows.append(
         [
-            "average of the annealing mix",
+            "annealing mix",
             sum(row[1] for row in rows if row[0] in annealed),
             average_bits(before, annealed),
             average_bits(mean, annealed),
@@ -216,11 +218,11 @@ def held_out_table(numbers: Mapping[str, Any]) -> Table:
         Column("pretrained", 3),
         Column("annealed (mean)", 3),
         Column("soup", 3),
-        Column("soup - pretrained", 3, signed=True),
+        Column("change", 3, signed=True),
     ]
     caption = (
-        "± one standard error over documents; the last column compares document by document. "
-        "Lower is better."
+        "± one standard error over documents; change: soup minus pretrained, document by document. "
+        "Last row: average of the sources in the annealing mix. Lower is better."
     )
     title = "Bits per byte on held-out text"
     return Table(columns, rows, title=title, caption=caption, strong_rows=[len(rows) - 1])
@@ -262,9 +264,12 @@ def benchmark_table(numbers: Mapping[str, Any]) -> Table:
         Column("pretrained", 1),
         Column("annealed (mean)", 1),
         Column("soup", 1),
-        Column("soup - pretrained", 1, signed=True),
+        Column("change", 1, signed=True),
     ]
-    caption = "Accuracy in percent ± one standard error over questions, in pairs in the last column"
+    caption = (
+        "Accuracy in percent ± one standard error over questions; change: soup minus pretrained, "
+        "question by question."
+    )
     title = "Benchmarks before and after mid-training"
     return Table(columns, rows, title=title, caption=caption, strong_rows=[len(rows) - 1])
 
@@ -297,10 +302,10 @@ def soup_table(numbers: Mapping[str, Any]) -> Table:
     rows.append(
         [
             f"soup - {best}",
-            average_bits_change(results[best], after, annealed),
-            average_accuracy_change(results[best], after, tasks),
-            average_accuracy_change(results[best], after, math_tasks),
-            average_accuracy_change(results[best], after, others),
+            average_bits_change(results[best], after, annealed).text(4, signed=True),
+            average_accuracy_change(results[best], after, tasks).text(1, signed=True),
+            average_accuracy_change(results[best], after, math_tasks).text(1, signed=True),
+            average_accuracy_change(results[best], after, others).text(1, signed=True),
         ]
     )
     columns = [
@@ -381,22 +386,41 @@ def paper_tables(numbers: Mapping[str, Any]) -> list[Table]:
     first, last = results[BEFORE], results[AFTER]
     tasks = list(suite.METRICS)
     others = [task for task in tasks if task not in suite.MATH_TASKS]
-    groups = {"average": tasks, "math tasks": list(suite.MATH_TASKS), "other tasks": others}
+    groups = {"all": tasks, "math": list(suite.MATH_TASKS), "other": others}
+    worded = {
+        "math": list(suite.MATH_TASKS),
+        "other": [task for task in suite.WORDED_TASKS if task not in suite.MATH_TASKS],
+    }
     ours = Table(
-        ["this run", *groups],
         [
-            ["before", *(average_accuracy(first, group).text(1) for group in groups.values())],
-            ["after (soup)", *(average_accuracy(last, group).text(1) for group in groups.values())],
+            "this run",
+            *(f"{name}, accuracy %" for name in groups),
+            *(f"{name}, bits/byte of right answers" for name in worded),
+        ],
+        [
+            [
+                label,
+                *(average_accuracy(result, group).text(1) for group in groups.values()),
+                *(average_answer_bits(result, group).text(3) for group in worded.values()),
+            ]
+            for label, result in (("before", first), ("after (soup)", last))
+        ]
+        + [
             [
                 "change",
                 *(
                     average_accuracy_change(first, last, group).text(1, signed=True)
                     for group in groups.values()
                 ),
-            ],
+                *(
+                    average_answer_bits_change(first, last, group).text(3, signed=True)
+                    for group in worded.values()
+                ),
+            ]
         ],
         title="This run: before and after mid-training",
-        caption="Percent ± one standard error. Other tasks and other scales than the paper's.",
+        caption="± one standard error. Other tasks and other scales than the paper's; bits per "
+        "byte fall where a model gets better.",
         strong_rows=[2],
     )
     soups = paper["soups"]
@@ -482,8 +506,8 @@ def build(recipe: Recipe, numbers: Mapping[str, Any]) -> Report:
     benchmarks: list[Block] = [
         Figure(
             figures.benchmark_figure(results),
-            "Models this small guess at most questions, so the probability of the right answer "
-            "(left; tasks with worded answers) says more than accuracy (right).",
+            "Left: how likely the right answers are, in tasks with worded answers. Right: how "
+            "often they are the likeliest choice. Where a model guesses, the left side says more.",
             "Bits per byte of the right answers and accuracy by task, before and after annealing",
         ),
         TableBlock(benchmark_table(numbers)),
@@ -544,7 +568,7 @@ def _answer_table(numbers: Mapping[str, Any]) -> Table:
         ["task", *(Column(model, 3) for model in models)],
         rows,
         title="Bits per byte of the right answers",
-        caption="Moves before accuracy does; lower is better.",
+        caption="Mean over questions; lower is better.",
     )
 
 

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -44,7 +45,7 @@ def _measure(recipe: Recipe, directory: pathlib.Path, console: Console) -> dict[
     source = open_prepared(data_directory(recipe, recipe.pretrain_mix, directory))[0]
     rng = np.random.default_rng(study.seed)
     chosen = rng.choice(len(source), size=min(study.documents, len(source)), replace=False)
-    tokens_BL = source.read([int(i) for i in chosen]).astype(np.int32)
+    tokens_BL = jnp.asarray(source.read([int(i) for i in chosen]), jnp.int32)
     rows = []
     for width in study.widths:
         for init in INITS:

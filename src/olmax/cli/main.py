@@ -14,6 +14,7 @@ import tyro
 from olmax.cli.convert import Convert
 from olmax.cli.eval import Eval
 from olmax.cli.generate import Generate
+from olmax.cli.ladder import Ladder
 from olmax.cli.launch import Launch
 from olmax.cli.merge import Merge
 from olmax.cli.mixes import Mixes
@@ -26,6 +27,7 @@ VERBS: dict[str, type] = {
     "convert": Convert,
     "eval": Eval,
     "generate": Generate,
+    "ladder": Ladder,
     "launch": Launch,
     "merge": Merge,
     "mixes": Mixes,

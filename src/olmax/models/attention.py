@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import PER_DEVICE, attention, choose
+from kernels_pallas.xla_cpu import apart
 from olmax.models import parameters
 from olmax.models.annotations import annotate, per_device
 from olmax.models.config import DecoderConfig, Execution
@@ -151,9 +152,8 @@ def _split_forward(qkv_BLKCH):
 
 
 def _split_backward(_, gradients):
-    # Behind a barrier, so that the three are computed before they are joined: fused into the
-    # joining they would be computed element by element, each with all that leads to it.
-    dq_BLKGH, dk_BLKH, dv_BLKH = jax.lax.optimization_barrier(gradients)
+    # Fused into the joining they would be computed element by element, with all that leads to them.
+    dq_BLKGH, dk_BLKH, dv_BLKH = apart(gradients)
     dk_dv_BLKCH = jnp.stack((dk_BLKH, dv_BLKH), axis=-2)
     return (jnp.concatenate((dq_BLKGH, dk_dv_BLKCH), axis=-2),)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.xla_cpu import apart
 from olmax.models import parameters
 from olmax.models.annotations import annotate
 from olmax.models.attention import Attention, LayerCache
@@ -202,8 +203,8 @@ class Decoder(nnx.Module):
         inv_freq = inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        # Computed once; without the barrier every layer's fusions would compute sines again.
-        cos_sin = jax.lax.optimization_barrier(rotation(positions_BL, inv_freq))
+        # Once for all layers: their fusions would each compute the sines again.
+        cos_sin = apart(rotation(positions_BL, inv_freq))
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x_BLD, scanned):
@@ -231,8 +232,8 @@ class Decoder(nnx.Module):
         inv_freq = inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        # Computed once; without the barrier every layer's fusions would compute sines again.
-        cos_sin = jax.lax.optimization_barrier(rotation(positions_BL, inv_freq))
+        # Once for all layers: their fusions would each compute the sines again.
+        cos_sin = apart(rotation(positions_BL, inv_freq))
         graphdef, stacked = nnx.split(self.blocks)
 
         start = 0 if cache is None or cache_is_empty else cache.length

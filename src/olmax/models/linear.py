@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.xla_cpu import row_major
+from kernels_pallas.xla_cpu import apart, on_cpu, row_major
 
 
 def project(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
@@ -33,25 +33,32 @@ def _forward(x, kernel_IO):
 def _backward(residuals, dy):
     x, kernel_IO = residuals
     # What leads to dy would otherwise be computed again, slowly, while it is transposed.
-    dy = jax.lax.optimization_barrier(dy)
+    dy = apart(dy)
     dx = jax.lax.dot_general(dy, kernel_IO.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
-    # The narrower operand is the cheaper one to transpose.
-    if x.shape[-1] <= dy.shape[-1]:
-        d_kernel_IO = _sum_of_outer_products(x, dy)
-    else:
-        d_kernel_IO = row_major(_sum_of_outer_products(dy, x)).T
+    d_kernel_IO = on_cpu(_kernel_gradient_on_cpu, _kernel_gradient, x, dy)
     return dx, d_kernel_IO.astype(kernel_IO.dtype)
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _sum_of_outer_products(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a [..., m] and b [..., n] -> float32 [m, n], summed over all leading dimensions.
+def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """x [..., I] and dy [..., O] -> float32 [I, O], summed over all leading dimensions.
 
     The leading dimensions stay apart, so that each may be cut over a mesh axis of its own.
     """
-    lead = tuple(range(a.ndim - 1))
-    a_first = row_major(jnp.moveaxis(a, -1, 0))
-    dims = ((tuple(axis + 1 for axis in lead), lead), ((), ()))
-    return jax.lax.dot_general(a_first, b, dims, preferred_element_type=jnp.float32)
+    lead = tuple(range(x.ndim - 1))
+    dims = ((lead, lead), ((), ()))
+    return jax.lax.dot_general(x, dy, dims, preferred_element_type=jnp.float32)
+
+
+def _kernel_gradient_on_cpu(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The same, transposing one operand in memory, the narrower one."""
+
+    def product(a, b):
+        lead = tuple(range(a.ndim - 1))
+        dims = ((tuple(axis + 1 for axis in lead), lead), ((), ()))
+        a_first = row_major(jnp.moveaxis(a, -1, 0))
+        return jax.lax.dot_general(a_first, b, dims, preferred_element_type=jnp.float32)
+
+    return product(x, dy) if x.shape[-1] <= dy.shape[-1] else row_major(product(dy, x)).T

@@ -1,23 +1,51 @@
 """RMSNorm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.xla_cpu import apart, sum_columns, sum_rows
 from olmax.models import parameters
 
 
-def rms_norm(
-    x: jax.Array, scale: jax.Array, eps: float, axes: tuple[int, ...] = (-1,)
-) -> jax.Array:
-    """`scale * x / sqrt(mean(x^2) + eps)` over `axes`, statistics and product in float32, result in
-    x's dtype.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`scale * x / sqrt(mean(x^2) + eps)` over the dimensions of `scale`, the last ones of x.
 
-    OLMo-core and current Hugging Face round once at the end, as here (specs/olmo2.md section 1).
+    Statistics and product in float32, result in x's dtype. OLMo-core and current Hugging Face round
+    once at the end, as here (specs/olmo2.md section 1).
     """
+    return _forward(x, scale, eps)[0]
+
+
+def _forward(x, scale, eps):
     x32 = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
-    return (scale.astype(jnp.float32) * (x32 * jax.lax.rsqrt(variance + eps))).astype(x.dtype)
+    variance = sum_rows(jnp.square(x32), scale.ndim) / scale.size
+    inverse_rms = apart(jax.lax.rsqrt(variance + eps))
+    normed = x32 * _columns(inverse_rms, scale)
+    return (scale.astype(jnp.float32) * normed).astype(x.dtype), (x, scale, inverse_rms)
+
+
+def _backward(eps, residuals, dy):
+    del eps
+    x, scale, inverse_rms = residuals
+    dy32 = dy.astype(jnp.float32)
+    normed = x.astype(jnp.float32) * _columns(inverse_rms, scale)
+    d_normed = dy32 * scale.astype(jnp.float32)
+    along = apart(sum_rows(d_normed * normed, scale.ndim) / scale.size)
+    dx = _columns(inverse_rms, scale) * (d_normed - normed * _columns(along, scale))
+    d_scale = sum_columns(dy32 * normed, scale.ndim)
+    return dx.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_forward, _backward)
+
+
+def _columns(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """One value a row, with the dimensions of `scale` behind as ones."""
+    return jnp.expand_dims(rows, tuple(range(-scale.ndim, 0)))
 
 
 class RMSNorm(nnx.Module):
@@ -29,8 +57,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dims, *, eps: float, stack=(), param_dtype="float32", rngs: nnx.Rngs):
         self.eps = eps
-        self.axes = tuple(range(-len(dims), 0))
         self.scale = parameters.param(rngs, parameters.ones, [*stack, *dims], param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale[...], self.eps, self.axes)
+        return rms_norm(x, self.scale[...], self.eps)

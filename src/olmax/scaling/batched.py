@@ -287,6 +287,8 @@ def _huber_model(law: Law, inputs, data, delta, p):
     log_values, weights = (x.T for x in data)
     x = [row[:, None] for row in inputs]
     y, slopes = law.function(jnp, [c[None] for c in p], x)
+    if law.curvature is None:
+        raise ValueError(f"{law.name} has no second derivatives; it is for least squares")
     bends = law.curvature(jnp, [c[None] for c in p], x)
     residual = jnp.log(y) - log_values
     size = jnp.abs(residual)
@@ -393,7 +395,7 @@ def _solve_free(matrix, gradient, held) -> tuple[list[Any], Any]:
     return [x[i] * scale[i] for i in range(n)], definite
 
 
-def shared_starts(law: Law, extra: Sequence[Sequence[float]] = ()) -> np.ndarray:
+def shared_starts(law: Law, extra: Sequence[Sequence[float] | np.ndarray] = ()) -> np.ndarray:
     """float64 [S, P]: the published start, `extra` ones and a small spread over the plausible."""
     grids: dict[str, list[tuple[float, ...]]] = {
         "power_nd": [

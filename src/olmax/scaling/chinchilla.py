@@ -167,7 +167,7 @@ def fit_isoflop(
       UserError: no two budgets with three sizes and a minimum.
     """
     log_c, log_n = np.log(np.asarray(compute, float)), np.log(np.asarray(n, float))
-    loss = np.asarray(loss, np.float64)
+    losses = np.asarray(loss, np.float64)
     order = np.argsort(log_c)
     breaks = np.flatnonzero(np.diff(log_c[order]) > np.log1p(tolerance)) + 1
     budgets, vertices, lowest, edge = [], [], [], []
@@ -175,7 +175,7 @@ def fit_isoflop(
         if len(np.unique(log_n[group])) < 3:
             continue
         centre = log_n[group].mean()
-        a, b, c = np.polyfit(log_n[group] - centre, loss[group], 2)
+        a, b, c = np.polyfit(log_n[group] - centre, losses[group], 2)
         if a <= 0:
             continue
         vertex = centre - b / (2 * a)
@@ -187,7 +187,7 @@ def fit_isoflop(
         lowest.append(c - b * b / (4 * a))
     if len(budgets) < 2:
         raise UserError(
-            f"IsoFLOP needs two budgets with three sizes or more and a minimum; found {len(budgets)}"
+            f"IsoFLOP needs two budgets with 3 sizes or more and a minimum; found {len(budgets)}"
         )
     exponent, factor = np.polyfit(np.log(budgets), vertices, 1)
     return IsoFlop(

@@ -25,6 +25,7 @@ class Truth:
     """What one task's simulated ladders are drawn from."""
 
     fit: TaskFit
+    """Of two steps."""
     procedure: Procedure
     runs: tuple[Run, ...]
     shapes: tuple[np.ndarray, ...]
@@ -52,7 +53,7 @@ class Truth:
             x = Target.of(run).inputs(self.procedure)
             deviation = self.run_loss * rng.standard_normal()
             loss = float(self.fit.feature(x)) * np.exp(deviation + shape)
-            accuracy = self.fit.step2(loss) + self.run_accuracy * rng.standard_normal()
+            accuracy = self._accuracy(loss) + self.run_accuracy * rng.standard_normal()
             rows = len(shape)
             table = pd.DataFrame(
                 {
@@ -70,8 +71,12 @@ class Truth:
         """(expected accuracy, accuracy of one run) of a target."""
         expected_loss = float(self.fit.feature(target.inputs(self.procedure)))
         loss = expected_loss * np.exp(self.run_loss * rng.standard_normal())
-        one = float(self.fit.step2(loss)) + self.run_accuracy * rng.standard_normal()
-        return float(self.fit.step2(expected_loss)), one
+        one = float(self._accuracy(loss)) + self.run_accuracy * rng.standard_normal()
+        return float(self._accuracy(expected_loss)), one
+
+    def _accuracy(self, loss: np.ndarray | float) -> np.ndarray:
+        assert self.fit.step2 is not None
+        return self.fit.step2(loss)
 
 
 def truth_of(runs: Sequence[Run], fit: LadderFit, name: str) -> Truth:
@@ -142,7 +147,7 @@ def coverage_study(
         refits = refit(prepared, fits, counts, fit.procedure)
         for one, task_draws in zip(fits, refits, strict=True):
             assert one.step2 is not None
-            laws = {name: (one.step1.law, one.step2.law)}
+            laws: dict[str, tuple[str, str | None]] = {name: (one.step1.law, one.step2.law)}
             draws = Draws(fit.procedure, laws, counts, {name: task_draws}, seed)
             for target in targets:
                 expected, single = truth.score(target, rng)

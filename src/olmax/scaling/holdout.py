@@ -91,12 +91,13 @@ def leave_one_size_out(
         ).parameters
         return lambda x: law(p, x)
 
-    actuals = {
-        (run.name, task.name, accuracy, last): final_value(run, task, accuracy, last)
-        for accuracy, last in {(p.accuracy, p.last) for p in procedures.values()}
-        for run in runs
-        for task in tasks
-    }
+    actuals = {}
+    for procedure in procedures.values():
+        accuracy, last = procedure.accuracy, procedure.last
+        for run, task in itertools.product(runs, tasks):
+            key = (run.name, task.name, accuracy, last)
+            if key not in actuals:
+                actuals[key] = final_value(run, task, accuracy, last)
     rows = []
     for size in sizes:
         held = [run for run in runs if run.size == size]
@@ -118,7 +119,7 @@ def leave_one_size_out(
 
 
 _FIRST = ("feature", "step1", "delta", "step1_weights", "last", "accuracy")
-_SECOND = ("feature", "step2", "weights", "floor", "ceiling", "skip", "window", "last", "accuracy")
+_SECOND = ("feature", "step2", "weights", "floor", "skip", "window", "last", "accuracy")
 _SECOND += ("perfect_point", "chance_points")
 
 
@@ -169,14 +170,10 @@ def ranking(table: pd.DataFrame, *, averages: int = 3) -> pd.DataFrame:
 
 
 def _score(table: pd.DataFrame) -> pd.DataFrame:
-    by_size = (
-        table.assign(points=100 * table["error"].abs())
-        .groupby(["procedure", "size"], sort=False)["points"]
-        .mean()
-        .unstack()
-    )
+    points = table.assign(points=100 * table["error"].abs())
+    by_size = points.pivot_table(index="procedure", columns="size", values="points", sort=False)
     by_size.insert(0, "all", by_size.mean(axis=1))
-    return by_size.sort_values("all", kind="stable")
+    return by_size.sort_values(by="all", kind="stable")
 
 
 def fit_chosen(

@@ -26,7 +26,7 @@ class Law:
     upper: tuple[float, ...]
     start: tuple[float, ...]
     """The published start."""
-    function: Callable[[Any, Sequence[Array], Sequence[Array]], tuple[Array, list[Array]]]
+    function: Callable[[Any, Any, Any], tuple[Array, list[Array]]]
     """(xp, parameters, inputs) -> value and its derivative by each parameter."""
     formula: str
     """For people, with the parameters' names."""
@@ -63,7 +63,9 @@ class Law:
         """The same law with another start."""
         return dataclasses.replace(self, start=tuple(float(s) for s in start))
 
-    def at_bounds(self, parameters: Sequence[float], tolerance: float = 1e-6) -> tuple[str, ...]:
+    def at_bounds(
+        self, parameters: Sequence[float] | np.ndarray, tolerance: float = 1e-6
+    ) -> tuple[str, ...]:
         """Names of the parameters that lie at a bound."""
         found = []
         for name, p, low, high in zip(

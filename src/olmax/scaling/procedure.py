@@ -5,7 +5,6 @@ from typing import Literal
 
 from olmax.errors import UserError
 from olmax.scaling.laws import (
-    INF,
     LOG_SIGMOID,
     NEGATIVE_POWER_ND,
     POWER_C,
@@ -45,8 +44,6 @@ class Procedure:
     """Helper points of step 2: this many at chance, at the largest feature seen."""
     floor: Literal["free", "chance"] = "free"
     """Whether the sigmoid falls to a fitted level or to the task's chance."""
-    ceiling: Literal["free", "one"] = "free"
-    """Whether the sigmoid rises to a fitted level or to (0.999 to) 1."""
     weights: Literal["checkpoints", "runs"] = "checkpoints"
     """Step 2: every checkpoint counts the same, or every run does."""
     step1_weights: Literal["equal", "size"] = "equal"
@@ -95,8 +92,6 @@ class Procedure:
         if self.floor == "chance":
             # With the ceiling b near 1 the floor a + b is chance up to the width of these bounds.
             return law.bounded(a=(task.chance - 1, task.chance - 0.999), b=(0.999, 1.0))
-        if self.ceiling == "one":
-            return law.bounded(b=(0.999, 1.0), L0=(0.0, INF))
         return law
 
 

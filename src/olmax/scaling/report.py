@@ -146,12 +146,11 @@ def prediction_table(table: pd.DataFrame, name: str) -> Table:
         "relative_error": ("relative %", 100, 1),
         "failures": ("failed refits", 1, 0),
     }
-    used = [key for key in shown if key in table and not table[key].isna().all()]
+    used = [key for key in shown if key in table and table[key].notna().any()]
     columns = [Column("task", align="left")]
     columns += [Column(shown[key][0], digits=shown[key][2]) for key in used]
-    rows = [
-        [task, *(float(row[key]) * shown[key][1] for key in used)] for task, row in table.iterrows()
-    ]
+    values = table[used].to_numpy(float) * [shown[key][1] for key in used]
+    rows = [[str(task), *row] for task, row in zip(table.index, values.tolist(), strict=True)]
     return Table(columns, rows, title=name)
 
 

@@ -231,7 +231,7 @@ def residuals(data: TaskData, fit) -> tuple[np.ndarray, np.ndarray]:
     runs = data.runs
     log1 = np.log(data.values) - np.log(fit.step1(*data.inputs))
     noise1 = _widened(log1, len(data.step1_law.parameters))
-    if fit.step2 is None:
+    if fit.step2 is None or data.step2_law is None:
         return noise1, np.zeros(runs)
     last = np.array([np.flatnonzero(data.groups == r)[-1] for r in range(runs)])
     left = data.y[last] - fit.step2(data.x[last])

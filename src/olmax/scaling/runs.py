@@ -77,7 +77,8 @@ class Run:
                 )
             values = self.table[column]
             if not pd.api.types.is_numeric_dtype(values):
-                bad = pd.to_numeric(values, errors="coerce").isna().to_numpy()
+                numbers = pd.Series(pd.to_numeric(values, errors="coerce"))
+                bad = np.isnan(numbers.to_numpy(np.float64))
                 raise UserError(
                     f"{self.source}:{_line(bad)}: column {column!r} is not a number: "
                     f"{values.iloc[int(np.argmax(bad))]!r}"

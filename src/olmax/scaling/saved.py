@@ -23,7 +23,7 @@ class SavedLadder:
     """A fit and, when it was resampled, its draws."""
 
     fit: LadderFit
-    draws: "Any | None" = None
+    draws: Any = None
     """`olmax.scaling.resampling.Draws`."""
 
     def predict(self, target: Target, *, level: float = 0.9) -> pd.DataFrame:
@@ -152,7 +152,8 @@ def _draws(content: dict[str, Any], fit: LadderFit):
 
 
 def _task(content: dict[str, Any]) -> Task:
-    return Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    return Task(**values)
 
 
 def _law_fit(content: dict[str, Any]) -> LawFit:
