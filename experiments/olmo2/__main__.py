@@ -11,6 +11,7 @@ from rich.console import Console
 
 from experiments.olmo2.presets import get_recipe
 from experiments.olmo2.recipe import Recipe
+from olmax import cpu_tuning
 from olmax.errors import UserError
 
 Stage = Literal[
@@ -80,6 +81,7 @@ def _preset(argv: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 2 for bad input, 130 when interrupted."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    cpu_tuning.apply()
     # A log file has no width of its own; tables should not be squeezed into 80 columns there.
     console = Console(width=None if sys.stdout.isatty() else 130)
     try:

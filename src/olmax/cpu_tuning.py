@@ -5,6 +5,7 @@ docs/performance.md has the measurements.
 """
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -18,6 +19,9 @@ XLA_FLAGS = {
     "xla_cpu_prefer_vector_width": "512",
 }
 
+# XLA aborts on a flag it does not know, and these come and go with its versions.
+_KNOWN_JAXLIB = "0.12."
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
@@ -27,10 +31,11 @@ def apply() -> None:
 
     Call it before the first use of a JAX device; later the flags have no effect.
     """
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    taken = {flag.lstrip("-").partition("=")[0] for flag in flags}
-    flags += [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in taken]
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+    if importlib.metadata.version("jaxlib").startswith(_KNOWN_JAXLIB):
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        taken = {flag.lstrip("-").partition("=")[0] for flag in flags}
+        flags += [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in taken]
+        os.environ["XLA_FLAGS"] = " ".join(flags)
     if _runs_on_cpu():
         keep_freed_memory()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from olmax import cpu_tuning
 from olmax.cli.convert import Convert
 from olmax.cli.eval import Eval
 from olmax.cli.generate import Generate
@@ -41,6 +42,7 @@ def run(verb: Any) -> int:
     """Runs a parsed verb and returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     # TensorFlow (behind seqio) greets on standard error when it is imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    cpu_tuning.apply()
     try:
         verb.run()
     except UserError as error:
