@@ -50,7 +50,7 @@ def run(recipe: Recipe, directory: pathlib.Path, stages: Stages, console: Consol
             if wanted:
                 ingredient = Ingredient(recipe.microanneal.seed, recipe.microanneal.steps, mix)
                 training_stages.anneal_into(recipe, ingredient, directory, output)
-    after = [f"microanneal/{mix}" for mix in recipe.microanneal.mixes]
+    after = ["held-out", *(f"microanneal/{mix}" for mix in recipe.microanneal.mixes)]
     results = f"{DIRECTORY}/results.json"
     with stages.run("microanneal", recipe.evaluation, after=after, outputs=[results]) as wanted:
         if wanted:

@@ -19,6 +19,7 @@ from experiments.olmo2.preparation import (
     data_directory,
     load_tokenizer,
     prepare_corpus,
+    prepare_held_out,
 )
 from experiments.olmo2.recipe import Recipe, ingredient_name
 from experiments.olmo2.stages import Stages
@@ -97,15 +98,20 @@ class _Pipeline:
             }
             with self.stages.run("prepare", found):
                 return
-        settings = {
-            "corpus": self.recipe.corpus,
-            "evaluation": self.recipe.evaluation,
-            "seq_len": self.recipe.pretrain.seq_len,
-        }
-        outputs = (TOKENIZER, DATA, HELD_OUT, REQUESTS)
-        with self.stages.run("prepare", settings, outputs=outputs) as wanted:
+        corpus = self.recipe.corpus
+        settings = {"corpus": corpus, "seq_len": self.recipe.pretrain.seq_len}
+        with self.stages.run("prepare", settings, outputs=[TOKENIZER, DATA]) as wanted:
             if wanted:
                 prepare_corpus(self.recipe, self.directory, self.console)
+        if corpus is None:
+            return
+        # Apart: other questions do not make another model.
+        settings = {"seed": corpus.seed, "evaluation": self.recipe.evaluation}
+        with self.stages.run(
+            "held-out", settings, after=["prepare"], outputs=[HELD_OUT, REQUESTS]
+        ) as wanted:
+            if wanted:
+                prepare_held_out(self.recipe, corpus, self.directory)
 
     def _pretrain(self) -> None:
         settings = {
@@ -180,10 +186,9 @@ class _Pipeline:
                 f"preset {self.recipe.name}: evaluate and report judge models of the embedded "
                 f"corpus; use `olmax eval --model {self.directory / training_stages.SOUP}`"
             )
-        after = ["pretrain", *self._ingredients(), "soup"]
-        with self.stages.run(
-            "evaluate", self.recipe.evaluation, after=after, outputs=[EVALUATION]
-        ) as wanted:
+        after = ["held-out", "pretrain", *self._ingredients(), "soup"]
+        settings = {"sample_tokens": self.recipe.evaluation.sample_tokens}
+        with self.stages.run("evaluate", settings, after=after, outputs=[EVALUATION]) as wanted:
             if wanted:
                 self._evaluate_into(EVALUATION, self._models())
 
@@ -209,7 +214,7 @@ class _Pipeline:
         }
 
     def _seconds(self) -> dict[str, float]:
-        names = ["prepare", "pretrain", *self._ingredients(), "soup", "evaluate"]
+        names = ["prepare", "held-out", "pretrain", *self._ingredients(), "soup", "evaluate"]
         return {name: self.stages.seconds(name) for name in names}
 
     def _microanneal(self) -> None:

@@ -23,7 +23,7 @@ TOKENIZER, DATA, HELD_OUT, REQUESTS = "tokenizer", "data", "held_out", "requests
 
 
 def prepare_corpus(recipe: Recipe, directory: pathlib.Path, console: Console) -> None:
-    """Writes everything that training and evaluation read.
+    """Writes the tokenizer and the packed training data.
 
     Raises:
       UserError: the recipe has no embedded corpus, or the corpus does not fit the model.
@@ -35,7 +35,6 @@ def prepare_corpus(recipe: Recipe, directory: pathlib.Path, console: Console) ->
             "it with `olmax prepare` and name its directory, for example --data "
             f"{recipe.pretrain_mix} DIRECTORY, or look at the plan with --dry-run"
         )
-    sources = list(dict.fromkeys(name for mix in corpus.mixes.values() for name in mix))
     texts = _tokenizer_texts(corpus, mix_rates(recipe, recipe.pretrain_mix))
     tokenizer = train_bpe(texts, vocab_size=corpus.vocab_size)
     if tokenizer.vocab_size > recipe.pretrain.model.vocab_size:
@@ -45,7 +44,7 @@ def prepare_corpus(recipe: Recipe, directory: pathlib.Path, console: Console) ->
         )
     tokenizer.save(directory / TOKENIZER)
     manifest = prepare(
-        [embedded.source(name, seed=corpus.seed) for name in sources],
+        [embedded.source(name, seed=corpus.seed) for name in _sources(corpus)],
         tokenizer,
         directory / DATA,
         sequence_length=recipe.pretrain.seq_len,
@@ -59,9 +58,13 @@ def prepare_corpus(recipe: Recipe, directory: pathlib.Path, console: Console) ->
             f"{source.text_bytes / source.tokens:.2f} bytes a token",
             highlight=False,
         )
+
+
+def prepare_held_out(recipe: Recipe, corpus: Corpus, directory: pathlib.Path) -> None:
+    """Writes the held-out documents and the benchmark questions."""
     held_out = {
         name: [d.text for d in embedded.source(name, split="held_out", seed=corpus.seed).read()]
-        for name in sources
+        for name in _sources(corpus)
     }
     for name, texts in held_out.items():
         count, length = recipe.evaluation.documents, recipe.evaluation.document_bytes
@@ -85,6 +88,10 @@ def prepare_corpus(recipe: Recipe, directory: pathlib.Path, console: Console) ->
                 "num_instances": len({row["doc_id"] for row in rows}),
             },
         )
+
+
+def _sources(corpus: Corpus) -> list[str]:
+    return list(dict.fromkeys(name for mix in corpus.mixes.values() for name in mix))
 
 
 def _cut(text: str, length: int) -> str:

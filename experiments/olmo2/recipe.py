@@ -78,7 +78,7 @@ class Stability:
     against OLMo-0424's scaled one.
     """
 
-    widths: tuple[int, ...] = (64, 128, 256)
+    widths: tuple[int, ...] = (128, 256, 512)
     layers: int = 8
     documents: int = 50
     """Random documents that the exponents are averaged over."""

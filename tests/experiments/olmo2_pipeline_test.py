@@ -123,7 +123,10 @@ def test_second_run_reuses_everything_and_changes_are_noticed(finished, reposito
     process = _start(repository, directory)
     out = _finish(process)
     assert process.returncode == 0, out
-    reused = ("prepare", "pretrain", "anneal/ingredient1", "anneal/ingredient2", "soup", "evaluate")
+    reused = (
+        "prepare", "held-out", "pretrain", "anneal/ingredient1", "anneal/ingredient2", "soup",
+        "evaluate",
+    )  # fmt: skip
     assert all(f"{stage}: done before, reused" in out for stage in reused)
     assert _fingerprints(directory) == before
 

@@ -89,7 +89,7 @@ def printed(*tables) -> str:
 
 
 def test_the_summary_answers_the_questions(made):
-    text = printed(view.summary(made))
+    text = view.summary_text(made)
     for word in ("7.30 B", "fsdp=64", "fits:", "1,372 Mcycles", "MFU", "days", "off by 10%"):
         assert word in text
 

@@ -85,9 +85,9 @@ class Plan:
         from olmax.planning import view
         from olmax.reporting.files import write_json
 
-        console.print(view.summary(plan).rich())
+        print(view.summary_text(plan))
         if self.mesh is None:
-            console.print(f"mesh proposed: {plan['mesh_reason']}")
+            print(f"mesh proposed: {plan['mesh_reason']}")
         if self.explain and plan["step_seconds"] is not None:
             console.print(view.part_table(plan).rich())
             console.print(view.collective_table(plan).rich())

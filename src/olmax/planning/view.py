@@ -33,11 +33,22 @@ def duration(days: float | None) -> str:
     return f"{days:,.1f} days" if days >= 2 else f"{days * 24:,.1f} hours"
 
 
+def summary_text(plan: dict[str, Any]) -> str:
+    """What was asked and the answer, for a terminal of any width."""
+    rows = summary(plan).rows
+    width = max(len(str(label)) for label, _ in rows)
+    return "\n".join([_title(plan), *(f"  {label:<{width}}  {text}" for label, text in rows)])
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.1f} M"
+
+
 def summary(plan: dict[str, Any]) -> Table:
-    """What was asked and the answer, one line each."""
+    """The same as a table."""
     b = plan["per_device_bytes"]
     rows: list[list[Any]] = [
-        ["parameters", f"{plan['parameters'] / 1e9:,.2f} B"],
+        ["parameters", _count(plan["parameters"])],
         ["mesh", f"{_mesh(plan)} ({plan['devices']} devices)"],
         [
             "batch",

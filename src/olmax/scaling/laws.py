@@ -124,8 +124,8 @@ def _power_c_curvature(xp, p, x):
 
 
 def _logistic(xp, z):
-    # The two branches keep exp from overflowing on either side.
-    small = xp.exp(-xp.abs(z))
+    # The two branches keep exp from overflowing on either side, the bound from underflowing.
+    small = xp.exp(-xp.minimum(xp.abs(z), 700.0))
     return xp.where(z >= 0, 1 / (1 + small), small / (1 + small))
 
 
