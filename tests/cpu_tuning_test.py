@@ -32,6 +32,13 @@ def test_flags_that_the_user_set_are_kept(monkeypatch, no_allocator_change):
     ]
 
 
+def test_a_jaxlib_whose_flags_are_unknown_gets_none(monkeypatch, no_allocator_change):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(cpu_tuning.importlib.metadata, "version", lambda name: "0.11.2")
+    cpu_tuning.apply()
+    assert os.environ["XLA_FLAGS"] == ""
+
+
 SUM_OF_PRODUCTS = """
 from olmax import cpu_tuning
 cpu_tuning.apply()

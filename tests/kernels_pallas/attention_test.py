@@ -99,7 +99,36 @@ def test_scores_too_large_for_exp_stay_finite(implementation):
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
 
 
-def test_blocked_refuses_an_offset_it_cannot_know():
-    q = jnp.zeros((1, 4, 2, 16))
-    with pytest.raises(ValueError, match="needs a Python int q_offset"):
-        attention(q, q, q, q_offset=jnp.int32(0), implementation="blocked")
+@pytest.mark.parametrize("implementation", ["reference", *OTHERS])
+def test_a_segment_gets_what_it_gets_alone(implementation):
+    (q, k, v), _, options = inputs("segments and padding", "float32")
+    ids = options["q_segment_ids"][0]
+    first = int(jnp.argmax(ids == 2))
+    last = int(first + jnp.sum(ids == 2))
+    out = attention(q, k, v, implementation=implementation, **options)
+    alone = attention(*(x[:1, first:last] for x in (q, k, v)), implementation=implementation)
+    np.testing.assert_allclose(out[:1, first:last], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=jnp.zeros((2, 8, 3, 16)), v=jnp.zeros((2, 8, 3, 16))), "multiple of the key heads"),
+        (dict(v=jnp.zeros((2, 8, 2, 8))), "expected q"),
+        (dict(q_segment_ids=jnp.ones((2, 8), jnp.int32)), "both"),
+        (
+            dict(
+                q_segment_ids=jnp.ones((2, 8), jnp.int32),
+                kv_segment_ids=jnp.ones((2, 9), jnp.int32),
+            ),
+            r"kv_segment_ids has shape \(2, 9\), expected \(2, 8\)",
+        ),
+        (dict(implementation="fast"), "unknown implementation 'fast'"),
+        (dict(implementation="blocked", q_offset=jnp.int32(0)), "needs a Python int"),
+    ],
+)
+def test_what_it_cannot_take_is_an_error_before_compilation(change, message):
+    arguments = dict(q=jnp.zeros((2, 8, 4, 16)), k=jnp.zeros((2, 8, 2, 16)))
+    arguments |= dict(v=jnp.zeros((2, 8, 2, 16))) | change
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)

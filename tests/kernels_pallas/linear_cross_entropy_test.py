@@ -76,6 +76,35 @@ def test_bfloat16_error_is_at_most_twice_that_of_the_reference(implementation, c
         assert np.linalg.norm(a - c) <= 2 * np.linalg.norm(b - c) + 1e-6 * np.linalg.norm(c)
 
 
+def test_reference_equals_numpy():
+    x = jax.random.normal(jax.random.key(0), (7, 16))
+    w = jax.random.normal(jax.random.key(1), (16, 33))
+    targets = np.arange(7)
+    logits = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    expected = np.log(np.exp(logits).sum(axis=-1))
+    loss, lse = linear_cross_entropy(x, w, jnp.asarray(targets), implementation="reference")
+    np.testing.assert_allclose(lse, expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, expected - logits[targets, targets], rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_certain_prediction_has_a_small_exact_loss_and_no_gradient(implementation):
+    x, w = 30.0 * jnp.eye(4), jnp.eye(4)
+    fn = functools.partial(linear_cross_entropy, w=w, implementation=implementation)
+    (loss, lse), pull = jax.vjp(lambda x: fn(x, targets=jnp.arange(4)), x)
+    np.testing.assert_allclose(loss, np.log1p(3 * np.exp(-30.0)), atol=1e-5)
+    np.testing.assert_allclose(lse, 30, rtol=1e-6)
+    np.testing.assert_allclose(pull((jnp.ones(4), jnp.zeros(4)))[0], 0, atol=1e-5)
+
+
+def test_what_does_not_fit_is_an_error():
+    x, w, targets = jnp.ones((7, 16)), jnp.ones((16, 33)), jnp.zeros(7, jnp.int32)
+    with pytest.raises(ValueError, match="expected x"):
+        linear_cross_entropy(x, w.T, targets)
+    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
+        linear_cross_entropy(x, w, targets, implementation="fast")
+
+
 @pytest.mark.parametrize("implementation", ["reference", *OTHERS])
 def test_logits_too_large_for_exp_stay_finite(implementation):
     x = 100.0 * jnp.eye(4)

@@ -69,10 +69,10 @@ def test_qk_norm_spans_all_heads_and_hides_the_scale_of_the_projection():
 def test_full_width_norm_equals_the_norm_of_concatenated_heads():
     x = jax.random.normal(jax.random.key(0), (2, 5, 4, 8))
     scale = jax.random.normal(jax.random.key(1), (4, 8))
-    full = rms_norm(x, scale, 1e-6, (-2, -1))
-    flat = rms_norm(x.reshape(2, 5, 32), scale.reshape(32), 1e-6, (-1,))
+    full = rms_norm(x, scale, 1e-6)
+    flat = rms_norm(x.reshape(2, 5, 32), scale.reshape(32), 1e-6)
     np.testing.assert_allclose(full.reshape(2, 5, 32), flat, rtol=1e-6)
-    per_head = rms_norm(x, scale, 1e-6, (-1,))
+    per_head = rms_norm(x, jnp.ones(8), 1e-6) * scale
     assert jnp.abs(per_head - full).max() > 0.1
 
 
