@@ -20,23 +20,23 @@ def test_every_process_knows_its_place():
 
 
 def test_one_failure_stops_the_others_and_restarts_all(tmp_path):
-    # The first process fails on the first attempt while the second one would run for a minute.
+    # On the first attempt process 0 fails once process 1 is there, which would run for a minute.
     code = """
         import os, pathlib, sys, time
-        mark = pathlib.Path(sys.argv[1])
-        if mark.exists():
+        failed, running = (pathlib.Path(sys.argv[1]) / name for name in ("failed", "running"))
+        if failed.exists():
             print("second attempt")
-        elif os.environ["JAX_PROCESS_ID"] == "0":
-            while not mark.with_suffix(".other").exists():
-                time.sleep(0.01)
-            mark.touch()
-            sys.exit(7)
-        else:
-            mark.with_suffix(".other").touch()
+        elif os.environ["JAX_PROCESS_ID"] == "1":
+            running.touch()
             time.sleep(60)
+        else:
+            while not running.exists():
+                time.sleep(0.01)
+            failed.touch()
+            sys.exit(7)
     """
     out = io.StringIO()
-    assert local.run(job(code, str(tmp_path / "mark"), max_restarts=1), 2, out=out) == 0
+    assert local.run(job(code, str(tmp_path), max_restarts=1), 2, out=out) == 0
     assert "[launch] status 7; restart 1" in out.getvalue()
     assert out.getvalue().count("second attempt") == 2
 
