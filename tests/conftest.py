@@ -9,6 +9,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import pytest
 
+from olmax import absent_tpu
+
+# Tests compile for TPUs that are not there.
+if not absent_tpu.attached():
+    absent_tpu.announce()
+
 # Not through XLA_FLAGS: processes that tests start would inherit it.
 jax.config.update("jax_num_cpu_devices", 8)
 

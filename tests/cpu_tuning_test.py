@@ -81,7 +81,11 @@ def test_freed_memory_is_used_again():
 def test_accelerators_keep_their_allocator(monkeypatch):
     calls = []
     monkeypatch.setattr(cpu_tuning, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(cpu_tuning.absent_tpu, "attached", lambda: True)
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    cpu_tuning.apply()
+    assert not calls
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     cpu_tuning.apply()
     assert not calls

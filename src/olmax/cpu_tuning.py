@@ -1,5 +1,7 @@
 """Process-wide settings that make XLA's CPU backend fast, and one that makes it correct.
 
+Where libtpu is installed but no TPU is, they also keep it quiet (`absent_tpu`).
+
 The command line and the experiments call `apply` before JAX starts; importing olmax never does.
 docs/performance.md has the measurements.
 """
@@ -9,6 +11,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+
+from olmax import absent_tpu
 
 XLA_FLAGS = {
     # Matrix products alone go to the YNNPACK library. By default jaxlib 0.12 also hands it
@@ -23,7 +27,7 @@ XLA_FLAGS = {
 _KNOWN_JAXLIB = "0.12."
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+_GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
 
 def apply() -> None:
@@ -36,7 +40,10 @@ def apply() -> None:
         taken = {flag.lstrip("-").partition("=")[0] for flag in flags}
         flags += [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in taken]
         os.environ["XLA_FLAGS"] = " ".join(flags)
-    if _runs_on_cpu():
+    tpu = absent_tpu.attached()
+    if not tpu and importlib.util.find_spec("libtpu") is not None:
+        absent_tpu.announce()
+    if _runs_on_cpu(tpu):
         keep_freed_memory()
 
 
@@ -59,8 +66,8 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(option, value) for option, value in settings.items())
 
 
-def _runs_on_cpu() -> bool:
+def _runs_on_cpu(tpu_attached: bool) -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] == "cpu"
-    return not any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS)
+    return not tpu_attached and not any(importlib.util.find_spec(name) for name in _GPU_PLUGINS)

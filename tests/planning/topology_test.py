@@ -57,6 +57,6 @@ def test_a_slice_that_does_not_exist():
 def test_devices_lie_on_the_torus():
     devices = Topology.parse("v5p:2x2x2").devices()
     assert len(devices) == 8
-    assert {device.coords for device in devices} == {
+    assert {tuple(device.coords) for device in devices} == {
         (x, y, z) for x in range(2) for y in range(2) for z in range(2)
     }

@@ -171,7 +171,7 @@ def test_bad_input_is_one_line(kwargs, message):
         (dict(mesh="fsdp=3"), "needs 3 devices, there are 4"),
         (dict(mesh="fsdp=4", batch_size=6), "batch size 6 does not divide over 4 batch shards"),
         (dict(mesh="model=4"), "unknown axis"),
-        (dict(batch_size=7), "no mesh of 4 chips"),
+        (dict(batch_size=7, topology="v5e:4x4"), "no mesh of 16 chips"),
         (dict(tokens=0.0), "tokens must be positive"),
         (dict(batch_size=0), "at least 1"),
     ],
@@ -183,7 +183,6 @@ def test_input_that_does_not_fit_together(kwargs, message):
 
 
 @needs_libtpu
-@pytest.mark.slow
 def test_a_tiny_model_from_end_to_end(tmp_path):
     out, html = tmp_path / "plan.json", tmp_path / "plan.html"
     verb(output=str(out), html=str(html), explain=True).run()

@@ -8,17 +8,9 @@ import os
 import re
 from typing import Any
 
+from olmax import absent_tpu
 from olmax.errors import UserError
 from olmax.planning import chips
-
-# libtpu asks its surroundings who it is; these answers keep it from waiting for a metadata server.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    # A lock file would let one process at a time load it, for the sake of a TPU that is not there.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +71,7 @@ class Topology:
         Raises:
           UserError: libtpu is missing or does not fit this jax, or there is no such slice.
         """
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        absent_tpu.announce()
         import jax
         from jax.experimental import topologies
 
