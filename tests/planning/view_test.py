@@ -185,7 +185,7 @@ def test_input_that_does_not_fit_together(kwargs, message):
 @needs_libtpu
 def test_a_tiny_model_from_end_to_end(tmp_path):
     out, html = tmp_path / "plan.json", tmp_path / "plan.html"
-    verb(output=str(out), html=str(html), explain=True).run()
+    verb(mesh="fsdp=4", output=str(out), html=str(html), explain=True).run()
     found = stored.load(out)
     assert found["fits"]
     assert found["mesh"] == {"fsdp": 4}
