@@ -17,12 +17,13 @@ from olmax.training.recorder import read_metrics
 def _start(repository, directory, stage="all", *overrides) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.olmo2", stage, "--preset", "smoke",
-         "--run-dir", str(directory), *overrides],
-        cwd=repository,
+         "--run-dir", directory.name, *overrides],
+        # A relative run directory, as by default.
+        cwd=directory.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{repository / 'src'}"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{repository / 'src'}:{repository}"},
     )  # fmt: skip
 
 

@@ -64,6 +64,19 @@ def test_state_and_loader_come_back_bit_for_bit(checkpointer, state):
         np.testing.assert_array_equal(np.asarray(value), expected[name])
 
 
+def test_relative_directories_are_as_good_and_remote_ones_stay(tmp_path, state, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpointer = Checkpointer("run/checkpoints", CheckpointConfig())
+    save(checkpointer, state, 5)
+    (found,) = checkpoint_files.candidates("run")
+    name = "params.final_norm.scale"
+    arrays = read_arrays(found, {name: named_leaves(steps().abstract_state)[name]})
+    np.testing.assert_array_equal(arrays[name], named_leaves(state)[name])
+    checkpointer.close()
+    remote = checkpoint_files.epath.Path("gs://bucket/run")
+    assert checkpoint_files.absolute(remote) == remote
+
+
 def test_ephemeral_ones_are_replaced_and_permanent_ones_limited(tmp_path, state):
     root = tmp_path / "checkpoints"
     checkpointer = Checkpointer(root, CheckpointConfig(max_to_keep=2))

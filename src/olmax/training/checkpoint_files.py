@@ -92,6 +92,11 @@ def candidates(path: str | epath.Path) -> list[epath.Path]:
     raise UserError(f"no checkpoint at {path}; expected a run directory or a checkpoint of one")
 
 
+def absolute(path: epath.Path) -> epath.Path:
+    """`path` as Orbax takes it: local ones absolute, remote ones as they are."""
+    return path if path.is_absolute() else path.absolute()
+
+
 def remove(directory: epath.Path) -> None:
     """Removes a checkpoint; interrupted at any point it is either whole or not valid."""
     (directory / METADATA).unlink(missing_ok=True)

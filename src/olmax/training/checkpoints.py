@@ -51,7 +51,7 @@ class Checkpointer:
     """
 
     def __init__(self, root: str | os.PathLike, config: CheckpointConfig):
-        self.root = epath.Path(root)
+        self.root = files.absolute(epath.Path(root))
         self.config = config
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True))
         self._thread: threading.Thread | None = None
@@ -253,7 +253,7 @@ def read_arrays(
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         try:
             arrays = reader.restore(
-                directory / files.STATE,
+                files.absolute(directory) / files.STATE,
                 args=ocp.args.PyTreeRestore(
                     item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
