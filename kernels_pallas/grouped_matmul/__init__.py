@@ -1,0 +1,11 @@
+"""Products of sorted rows with one matrix per group, as in dropless mixtures of experts."""
+
+from kernels_pallas.grouped_matmul.api import (
+    IMPLEMENTATIONS,
+    PER_DEVICE,
+    choose,
+    grouped_matmul,
+    grouped_swiglu,
+)
+
+__all__ = ["IMPLEMENTATIONS", "PER_DEVICE", "choose", "grouped_matmul", "grouped_swiglu"]

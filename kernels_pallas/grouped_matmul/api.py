@@ -1,0 +1,150 @@
+"""Public grouped products: argument checks and choice of implementation."""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from kernels_pallas.grouped_matmul import ragged, reference, tiled
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "reference": reference,
+    "tiled": tiled,
+    "ragged": ragged,
+}
+
+PER_DEVICE = frozenset({"tiled"})
+"""Implementations the compiler cannot cut over a mesh: sharded callers use `jax.shard_map`."""
+
+
+def choose() -> str:
+    """The best implementation on the default backend."""
+    return "tiled" if jax.default_backend() == "cpu" else "ragged"
+
+
+def grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    rows_M: jax.Array | None = None,
+    transpose_rhs: bool = False,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies consecutive rows with the matrix of their group: out[m] = lhs[m] @ rhs[g(m)].
+
+    The first group_sizes[0] rows belong to group 0, the next group_sizes[1] to group 1, and so on.
+    Differentiable in lhs and rhs; the gradient of rhs is accumulated in float32.
+
+    Args:
+      lhs: [M, K], float32, bfloat16 or float16; [T, K] with `rows_M`.
+      rhs: [G, K, N], or [G, N, K] with `transpose_rhs`; any of those dtypes, cast to lhs's for the
+        product, which accumulates in float32.
+      group_sizes_G: int32 [G]. Their values are only known while the program runs and are not
+        errors: rows past their sum give zeros and get no gradient, groups that reach past M are cut
+        there, and a negative size counts as 0.
+      rows_M: int32 [M], each in 0 .. T - 1: row m of the product reads lhs[rows_M[m]]. The gradient
+        of a row of lhs is the sum over its readers, added up in float32 in a fixed order.
+      preferred_element_type: dtype of the result; lhs's when None.
+      implementation: `reference` (G times the work), `tiled` (loops; CPUs), `ragged`
+        (`jax.lax.ragged_dot`; never run on a GPU here), or None for the best one here.
+
+    Returns:
+      [M, N].
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an implementation that does not exist or
+        cannot take them.
+    """
+    op = "grouped_matmul"
+    _check_floats(op, lhs=lhs, rhs=rhs)
+    _check_rank(op, "lhs", lhs, "[M, K]" if rows_M is None else "[T, K]")
+    _check_rank(op, "rhs", rhs, "[G, N, K]" if transpose_rhs else "[G, K, N]")
+    contracted = rhs.shape[2 if transpose_rhs else 1]
+    if contracted != lhs.shape[1]:
+        raise ValueError(
+            f"{op}: rhs {rhs.shape} has K = {contracted}, lhs {lhs.shape} has K = {lhs.shape[1]}; "
+            "they must be equal"
+        )
+    _check_groups(op, group_sizes_G, rhs.shape[0], lhs, rows_M)
+    return _pick(op, implementation).grouped_matmul(
+        lhs,
+        rhs,
+        group_sizes_G,
+        rows_M=rows_M,
+        transpose_rhs=transpose_rhs,
+        preferred_element_type=preferred_element_type,
+    )
+
+
+def grouped_swiglu(
+    x_TK: jax.Array,
+    gate_up_GKCF: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    rows_M: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """silu(x @ gate[g]) * (x @ up[g]) for consecutive rows, the first half of an expert.
+
+    Args:
+      x_TK: [T, K], float32, bfloat16 or float16.
+      gate_up_GKCF: [G, K, 2, F]; index 0 is the gate, 1 is up. Cast to x's dtype.
+      group_sizes_G, rows_M, implementation: as in `grouped_matmul`.
+
+    Returns:
+      [M, F] in x's dtype; M is T without `rows_M`. silu and the product with up are float32.
+
+    Raises:
+      ValueError: as in `grouped_matmul`.
+    """
+    op = "grouped_swiglu"
+    _check_floats(op, x_TK=x_TK, gate_up_GKCF=gate_up_GKCF)
+    _check_rank(op, "x_TK", x_TK, "[T, K]")
+    _check_rank(op, "gate_up_GKCF", gate_up_GKCF, "[G, K, 2, F]")
+    if gate_up_GKCF.shape[1] != x_TK.shape[1] or gate_up_GKCF.shape[2] != 2:
+        raise ValueError(
+            f"{op}: gate_up_GKCF has shape {gate_up_GKCF.shape}, expected "
+            f"[G, K, 2, F] with K = {x_TK.shape[1]} as in x_TK {x_TK.shape}"
+        )
+    _check_groups(op, group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M)
+    return _pick(op, implementation).grouped_swiglu(
+        x_TK, gate_up_GKCF, group_sizes_G, rows_M=rows_M
+    )
+
+
+def _check_floats(op: str, **arrays: jax.Array) -> None:
+    accepted = ("float32", "bfloat16", "float16")
+    for name, array in arrays.items():
+        if array.dtype not in accepted:
+            raise ValueError(
+                f"{op}: {name} {array.shape} has dtype {array.dtype}, expected one of {accepted}"
+            )
+
+
+def _check_rank(op: str, name: str, array: jax.Array, expected: str) -> None:
+    if array.ndim != expected.count(",") + 1:
+        raise ValueError(f"{op}: {name} has shape {array.shape}, expected {expected}")
+
+
+def _check_groups(op: str, group_sizes_G, groups: int, lhs, rows_M) -> None:
+    if group_sizes_G.shape != (groups,) or group_sizes_G.dtype != jnp.int32:
+        raise ValueError(
+            f"{op}: group_sizes_G is {group_sizes_G.dtype} {group_sizes_G.shape}, "
+            f"expected int32 ({groups},): one size per matrix"
+        )
+    if rows_M is not None and (rows_M.ndim != 1 or rows_M.dtype != jnp.int32):
+        raise ValueError(f"{op}: rows_M is {rows_M.dtype} {rows_M.shape}, expected int32 [M]")
+    if rows_M is not None and rows_M.shape[0] and not lhs.shape[0]:
+        raise ValueError(f"{op}: rows_M {rows_M.shape} reads from no rows: {lhs.shape}")
+
+
+def _pick(op: str, implementation: str | None) -> ModuleType:
+    name = implementation or choose()
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: unknown implementation {name!r}; there are {sorted(IMPLEMENTATIONS)}"
+        )
+    return IMPLEMENTATIONS[name]
