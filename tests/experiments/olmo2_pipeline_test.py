@@ -23,7 +23,8 @@ def _start(repository, directory, stage="all", *overrides) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{repository / 'src'}:{repository}"},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{repository / 'src'}:{repository}"},
     )  # fmt: skip
 
 
