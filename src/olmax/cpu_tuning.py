@@ -2,7 +2,8 @@
 
 Where libtpu is installed but no TPU is, they also keep it quiet (`absent_tpu`).
 
-The command line and the experiments call `apply` before JAX starts; importing olmax never does.
+The command line and the experiments call `apply` before JAX starts; `olmax.load` calls
+`set_xla_flags` and leaves the allocator of a user's process alone; importing olmax does neither.
 docs/performance.md has the measurements.
 """
 
@@ -35,16 +36,21 @@ def apply() -> None:
 
     Call it before the first use of a JAX device; later the flags have no effect.
     """
-    if importlib.metadata.version("jaxlib").startswith(_KNOWN_JAXLIB):
-        flags = os.environ.get("XLA_FLAGS", "").split()
-        taken = {flag.lstrip("-").partition("=")[0] for flag in flags}
-        flags += [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in taken]
-        os.environ["XLA_FLAGS"] = " ".join(flags)
+    set_xla_flags()
     tpu = absent_tpu.attached()
     if not tpu and importlib.util.find_spec("libtpu") is not None:
         absent_tpu.announce()
     if _runs_on_cpu(tpu):
         keep_freed_memory()
+
+
+def set_xla_flags() -> None:
+    """Adds `XLA_FLAGS` to the environment where the user has not set them."""
+    if importlib.metadata.version("jaxlib").startswith(_KNOWN_JAXLIB):
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        taken = {flag.lstrip("-").partition("=")[0] for flag in flags}
+        flags += [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in taken]
+        os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def keep_freed_memory() -> bool:
