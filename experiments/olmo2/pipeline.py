@@ -23,6 +23,7 @@ from experiments.olmo2.preparation import (
 )
 from experiments.olmo2.recipe import Recipe, ingredient_name
 from experiments.olmo2.stages import Stages
+from olmax import sharding
 from olmax.data.prepared import Manifest
 from olmax.errors import UserError
 from olmax.models.config import Execution
@@ -55,6 +56,10 @@ def run(recipe: Recipe, stage: str, console: Console, *, overwrite: bool = False
             f"stage {stage} runs in one process; on several hosts run pretrain and anneal, and the "
             "other stages on one host with the same --run-dir"
         )
+    if stage in ("all", "pretrain", "anneal", "microanneal"):
+        # Now, and not only after the stages before it.
+        mesh = sharding.make_mesh(recipe.pretrain.mesh)
+        sharding.check_divisible(recipe.pretrain.model, mesh)
     # The hosts share the directory; the first one writes what is written once.
     with locked(directory) if jax.process_index() == 0 else contextlib.nullcontext():
         if recipe.pretrain.compilation_cache is None:

@@ -61,15 +61,42 @@ def test_help_lists_every_verb(repository):
         assert verb in result.stdout
 
 
+SCORE = ("score", "--model", "m", "--requests", "r")
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [("frobnicate",), ("score",), ("score", "--model", "m", "--requests", "r", "--colour", "red")],
+    ("arguments", "said"),
+    [
+        (("frobnicate",), "frobnicate"),
+        ((), "score"),
+        (("score",), "--model, --requests, --output"),
+        ((*SCORE, "--output", "o", "--colour", "red"), "--colour"),
+        ((*SCORE, "--output", "o", "--dtyp", "float32"), "did you mean --dtype?"),
+    ],
     ids=str,
 )
-def test_wrong_arguments_exit_with_two(repository, arguments):
-    result = run(repository, "-m", "olmax.cli.main", *arguments)
+def test_wrong_arguments_are_one_line_and_status_two(arguments, said, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("olmax: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_wrong_arguments_read_the_same_in_every_encoding(repository, encoding):
+    arguments = ("-m", "olmax.cli.main", *SCORE, "--output", "o", "--dtyp", "float32")
+    result = run(repository, *arguments, PYTHONIOENCODING=encoding)
     assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+    assert result.stderr == (
+        "olmax: Unrecognized options: --dtyp, float32; did you mean --dtype?; "
+        "--help lists the options\n"
+    )
+
+
+def test_help_goes_to_standard_output_with_status_zero(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["score", "--help"])
+    assert not ended.value.code
+    assert "--requests" in capsys.readouterr().out
 
 
 def test_a_users_error_is_one_line_and_status_two(capsys):

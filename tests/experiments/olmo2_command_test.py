@@ -48,11 +48,23 @@ def test_unknown_preset_is_one_line_and_status_2(capsys):
         [],
     ],
 )
-def test_bad_options_end_with_status_2(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse(arguments)
-    assert ended.value.code == 2
-    capsys.readouterr()
+def test_bad_options_end_with_one_line_and_status_2(arguments, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("experiments.olmo2: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [("chips=2", "unknown axis 'chips'"), ("tensor=3", "needs a multiple of 3 devices")],
+)
+def test_a_bad_mesh_is_said_before_anything_is_done(mesh, said, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    command = ["all", "--preset", "smoke", "--run-dir", str(run_dir), "--pretrain.mesh", mesh]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not run_dir.exists()
 
 
 def test_bad_value_of_the_configuration_is_a_user_error(capsys):

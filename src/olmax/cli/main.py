@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from olmax import cpu_tuning
+from olmax.cli import options
 from olmax.cli.convert import Convert
 from olmax.cli.eval import Eval
 from olmax.cli.generate import Generate
@@ -56,14 +57,19 @@ def run(verb: Any) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses `argv` (the process's arguments when None) and runs the verb."""
-    return run(
-        tyro.extras.subcommand_cli_from_dict(
-            VERBS,
-            prog="olmax",
-            description="Fully open language models in JAX.",
-            args=argv,
+    try:
+        verb = options.one_line(
+            lambda: tyro.extras.subcommand_cli_from_dict(
+                VERBS,
+                prog="olmax",
+                description="Fully open language models in JAX.",
+                args=argv,
+            )
         )
-    )
+    except UserError as error:
+        print(f"olmax: {error}", file=sys.stderr)
+        return 2
+    return run(verb)
 
 
 def console() -> None:
