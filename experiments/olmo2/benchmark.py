@@ -7,22 +7,18 @@ turns, so that a change of the machine's speed meets both. Ratios are taken pair
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 
 import tyro
 from rich.console import Console
 
+from experiments.side_by_side import ROOT, Side, environment
 from olmax.errors import UserError
 from olmax.reporting.tables import Column, Table
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,40 +73,6 @@ class Benchmark:
             raise UserError(f"benchmark: no Python at {self.peers}; run `make peers`, or --peers")
 
 
-class Side:
-    """A process that trains when told to."""
-
-    def __init__(self, command: list[str], threads: int):
-        cores = sorted(os.sched_getaffinity(0))[:threads]
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
-        self.ready = self._read()
-
-    def _read(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError(f"benchmark: {self._process.args[1]} ended early; its error is above")
-        return json.loads(line)
-
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` training steps."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        return self._read()["seconds"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def measure(benchmark: Benchmark, shape: Shape, dtype: str) -> dict:
     """Both sides in turns; see `summary` for the fields."""
     argument = json.dumps(
@@ -155,31 +117,6 @@ def summary(shape: Shape, result: dict) -> dict[str, float]:
     }
 
 
-def environment(benchmark: Benchmark, results: list[dict]) -> dict:
-    """What the numbers belong to."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = dict(
-            line.partition(":")[::2] for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
-        )
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        flags = [f for f in fields.get("flags", "").split() if f.startswith(("avx512_bf16", "amx"))]
-        cpu = " ".join([fields.get("model name", cpu), *flags])
-    versions = {}
-    for result in results:
-        for side in ("olmax", "torch"):
-            versions |= result[side]["versions"]
-    return {
-        "cpu": cpu,
-        "threads": benchmark.threads,
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        **versions,
-    }
-
-
 def run(benchmark: Benchmark, console: Console) -> None:
     """Measures, prints the table and writes the JSON."""
     load = os.getloadavg()[0]
@@ -205,7 +142,8 @@ def run(benchmark: Benchmark, console: Console) -> None:
                     round(numbers["gflops"]),
                 ]
             )
-    about = {**environment(benchmark, results), "load_before": load}
+    sides = [result[side] for result in results for side in ("olmax", "torch")]
+    about = {**environment(benchmark.threads, sides), "load_before": load}
     table = Table(
         columns=[
             "shape",

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from experiments.olmo2.recipe import Recipe, ingredient_name
 from olmax.data import mixtures
-from olmax.errors import UserError
 from olmax.reporting.tables import Column, Table
 from olmax.training import config_json
 from olmax.training.schedules import learning_rate
@@ -58,12 +57,7 @@ def mix_rates(recipe: Recipe, mix: str) -> dict[str, float]:
       UserError: no such mix.
     """
     if recipe.corpus is not None:
-        if mix not in recipe.corpus.mixes:
-            raise UserError(
-                f"preset {recipe.name}: no mix {mix!r}; there are {', '.join(recipe.corpus.mixes)}"
-            )
-        weights = recipe.corpus.mixes[mix]
-        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        return recipe.corpus.rates(mix)
     return mixtures.get(mix).rates()
 
 

@@ -17,7 +17,7 @@ from experiments.olmo2.dry_run import mix_rates
 from experiments.olmo2.evaluate import bits_per_byte, evaluate_model
 from experiments.olmo2.preparation import load_tokenizer
 from experiments.olmo2.recipe import Ingredient, Recipe
-from experiments.olmo2.stages import Stages
+from experiments.stages import Stages
 from olmax.errors import UserError
 from olmax.models.config import Execution
 from olmax.reporting.document import Block, TableBlock

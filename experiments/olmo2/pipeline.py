@@ -22,7 +22,7 @@ from experiments.olmo2.preparation import (
     prepare_held_out,
 )
 from experiments.olmo2.recipe import Recipe, ingredient_name
-from experiments.olmo2.stages import Stages
+from experiments.stages import Stages
 from olmax import sharding
 from olmax.data.prepared import Manifest
 from olmax.errors import UserError

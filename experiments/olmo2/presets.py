@@ -10,9 +10,9 @@ import difflib
 import math
 from collections.abc import Callable
 
+from experiments.embedded import Corpus
 from experiments.olmo2.recipe import (
     Anneal,
-    Corpus,
     Evaluation,
     Ingredient,
     Microanneal,

@@ -6,6 +6,7 @@ A recipe is one frozen dataclass; the command line overrides any of its fields w
 import dataclasses
 import math
 
+from experiments.embedded import Corpus
 from olmax.errors import UserError
 from olmax.training.config import TrainConfig
 from olmax.training.schedules import ScheduleConfig, learning_rate
@@ -40,26 +41,6 @@ class Anneal:
     learning_rate_step: int | None = None
     """Pretraining step whose learning rate stage 2 begins with; None: the last one. Parameters and
     optimizer state are those of the last step in any case."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """The embedded corpus: what is tokenised, in which shares, and what is held out.
-
-    It consists of texts that come with Python (standard-library code, language reference,
-    docstrings) and of generated arithmetic, so nothing is downloaded.
-    """
-
-    vocab_size: int = 1024
-    """Ids of the byte-level BPE trained on the pretraining mix."""
-    mixes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """Shares of the sources in each mix."""
-    max_tokens: int = 1_200_000
-    """Tokens prepared of each source at most."""
-    tokenizer_bytes: int = 2_000_000
-    """Text the tokenizer is trained on, shared like the pretraining mix."""
-    seed: int = 0
-    """Of the generated texts and of the choice of held-out documents."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from experiments.olmo2.preparation import data_directory
 from experiments.olmo2.recipe import Recipe
-from experiments.olmo2.stages import Stages
+from experiments.stages import Stages
 from olmax.data.prepared import open_prepared
 from olmax.models.decoder import Decoder
 from olmax.reporting.document import Block, TableBlock, Text

@@ -6,11 +6,11 @@ import shutil
 
 import jax
 
+from experiments.embedded import held_out_evaluators
 from experiments.olmo2.dry_run import mix_rates
 from experiments.olmo2.preparation import data_directory, load_tokenizer, open_loader, read_held_out
 from experiments.olmo2.recipe import Ingredient, Recipe, ingredient_name
 from olmax.data.prepared import Manifest
-from olmax.evaluation.perplexity import perplexity
 from olmax.merging.soup import soup
 from olmax.training.anneal import anneal_config
 from olmax.training.config import TrainConfig
@@ -106,18 +106,10 @@ def _train(
 
 
 def _evaluators(recipe: Recipe, directory: pathlib.Path) -> list[Evaluator]:
-    """Bits per byte on the beginnings of a few held-out documents of each source."""
-    every = recipe.evaluation.every
-    texts = read_held_out(directory)
-    if not every or not texts:
+    """Bits per byte on a part of the held-out documents."""
+    if not recipe.evaluation.every or not read_held_out(directory):
         return []
     tokenizer = load_tokenizer(recipe, directory)
-    # A quick look: text that fits the context, so that every document is one row.
-    length = recipe.pretrain.seq_len * 5 // 4
-    few = {name: [text[:length] for text in group[:16]] for name, group in texts.items()}
-
-    def bits_per_byte(model) -> dict[str, float]:
-        found = perplexity(model, tokenizer, few, batch_tokens=8192)
-        return {name: result.bits_per_byte.value for name, result in found.items()}
-
-    return [Evaluator("held_out", every, bits_per_byte)]
+    return held_out_evaluators(
+        directory, tokenizer, every=recipe.evaluation.every, seq_len=recipe.pretrain.seq_len
+    )

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from experiments.olmo2.stages import Stages
+from experiments.stages import Stages
 from olmax.errors import UserError
 
 
