@@ -174,6 +174,10 @@ def check_divisible(model: DecoderConfig, mesh: Mesh) -> None:
         ("d_ff", model.d_ff, "tensor"),
         ("vocab_size", model.vocab_size, "tensor"),
     )
+    if model.moe is not None:
+        dims += (("moe.n_experts", model.moe.n_experts, "expert"),)
+        if model.moe.shared_d_ff:
+            dims += (("moe.shared_d_ff", model.moe.shared_d_ff, "tensor"),)
     for name, size, axis in dims:
         if size % mesh.shape[axis]:
             raise UserError(
@@ -234,10 +238,21 @@ def use_mesh(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
     def constrain(x: jax.Array, axes: annotations.Axes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(x.shape, axes)))
 
-    def per_device(fn, axes: Sequence[annotations.Axes], *arrays: jax.Array) -> jax.Array:
+    def per_device(fn, axes: Sequence[annotations.Axes], arrays, out_axes) -> Any:
         specs = tuple(fitting(x.shape, names) for x, names in zip(arrays, axes, strict=True))
+        out_specs: Any = specs[0]
+        if out_axes is not None:
+            cut = {
+                name: entry
+                for names, spec in zip(axes, specs, strict=True)
+                for name, entry in zip(names, spec, strict=True)
+            }
+            out_specs = tuple(
+                PartitionSpec(*(None if name is None else cut[name] for name in names))
+                for names in out_axes
+            )
         # Kernels carry no information on what varies over the mesh, so it cannot be checked.
-        mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+        mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
         return mapped(*arrays)
 
     def mesh_axes(axis: str, size: int) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Flax NNX models and their configurations. No mesh, no files, no optimiser."""
 
-from olmax.models.config import DecoderConfig, Execution, Llama3RopeScaling
+from olmax.models.config import DecoderConfig, Execution, Llama3RopeScaling, MoEConfig
 from olmax.models.decoder import Decoder
 from olmax.models.kv_cache import KVCache, init_cache
 from olmax.models.presets import PRESETS, get_preset
@@ -12,6 +12,7 @@ __all__ = [
     "Execution",
     "KVCache",
     "Llama3RopeScaling",
+    "MoEConfig",
     "get_preset",
     "init_cache",
 ]

@@ -23,7 +23,7 @@ class Placement:
     constrain: Callable[[jax.Array, Axes], jax.Array]
     """Constrains an activation with these logical axes."""
     per_device: Callable[..., Any]
-    """`(fn, axes, *arrays)`: applies `fn` on every device to its part of the arrays."""
+    """`(fn, axes, arrays, out_axes)`: applies `fn` on every device to its part of the arrays."""
     mesh_axes: Callable[[str, int], tuple[str, ...]]
     """`(axis, size)`: the mesh axes over which a dimension of this size is cut."""
 
@@ -41,16 +41,28 @@ def annotate(x: jax.Array, axes: Axes) -> jax.Array:
     return x if placement is None else placement.constrain(x, axes)
 
 
-def per_device(fn: Callable[..., Any], axes: Sequence[Axes], *arrays: jax.Array) -> Any:
+def per_device(
+    fn: Callable[..., Any],
+    axes: Sequence[Axes],
+    *arrays: jax.Array,
+    out_axes: Sequence[Axes] | None = None,
+) -> Any:
     """`fn(*arrays)` where `fn` is a program of one device, such as a Pallas kernel.
 
     Args:
-      fn: gets its device's part of every array. What it returns (an array or several) has the axes
-        of its first argument.
+      fn: gets its device's part of every array.
       axes: logical axes of each array.
+      out_axes: logical axes of each array of the tuple that `fn` returns, cut as the same axes of
+        the arguments are. None: what it returns (an array or several) has the axes of its first
+        argument.
     """
     placement = _placement.get()
-    return fn(*arrays) if placement is None else placement.per_device(fn, axes, *arrays)
+    return fn(*arrays) if placement is None else placement.per_device(fn, axes, arrays, out_axes)
+
+
+def on_mesh() -> bool:
+    """Whether arrays lie on several devices."""
+    return _placement.get() is not None
 
 
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:

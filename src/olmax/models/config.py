@@ -20,11 +20,50 @@ class Llama3RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Experts in place of every layer's feed-forward block (OLMoE; specs/olmoe.md section 1).
+
+    `DecoderConfig.d_ff` is then the width of one expert. Nothing is ever dropped: an expert takes
+    as many tokens as choose it.
+    """
+
+    n_experts: int
+    experts_per_token: int
+    """Experts that a token is sent to (k). Under `expert_choice` the average."""
+    normalize_weights: bool = False
+    """Whether a token's k weights are divided by their sum. OLMoE leaves the probabilities of the
+    softmax over all experts as they are."""
+    shared_d_ff: int = 0
+    """Width of a further expert that every token passes through; 0: there is none."""
+    routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    """`token_choice`: every token takes its k most likely experts. `expert_choice`: every expert
+    takes its L * k / n_experts most likely tokens of each sequence of L, so later tokens decide on
+    earlier ones: an ablation that cannot generate."""
+
+    def __post_init__(self):
+        for name in ("n_experts", "experts_per_token"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"model config: moe.{name} must be at least 1, is {getattr(self, name)}"
+                )
+        if self.experts_per_token > self.n_experts:
+            raise UserError(
+                f"model config: moe.experts_per_token={self.experts_per_token} is more than "
+                f"moe.n_experts={self.n_experts}"
+            )
+        if self.shared_d_ff < 0:
+            raise UserError(
+                f"model config: moe.shared_d_ff must not be negative, is {self.shared_d_ff}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Architecture of a dense decoder-only transformer: everything that determines its function.
+    """Architecture of a decoder-only transformer: everything that determines its function.
 
     The defaults are OLMo 2's (specs/olmo2.md section 1); Llama 3.1 differs in `norm_position`,
-    `qk_norm`, `norm_eps`, grouped heads, `rope_scaling` and the tied or untied head.
+    `qk_norm`, `norm_eps`, grouped heads, `rope_scaling` and the tied or untied head; OLMoE in
+    `moe`, `norm_position`, `norm_eps` and `rope_theta`.
     """
 
     d_model: int
@@ -33,6 +72,7 @@ class DecoderConfig:
     n_kv_heads: int
     head_dim: int
     d_ff: int
+    """Width of the feed-forward block, or of one expert."""
     vocab_size: int = 100352
     """Rows of the embedding, padding rows included."""
     max_seq_len: int = 4096
@@ -49,6 +89,8 @@ class DecoderConfig:
     fan-in init, depth-scaled outputs; kept as the comparison of the stability study (paper section
     3.2)."""
     init_std: float = 0.02
+    moe: MoEConfig | None = None
+    """Experts in every layer; None: a dense model."""
 
     def __post_init__(self):
         for name in (
@@ -74,6 +116,8 @@ class DecoderConfig:
             raise UserError(
                 f"model config: head_dim={self.head_dim} must be even (RoPE rotates pairs)"
             )
+        if self.moe is not None and self.init != "normal":
+            raise UserError(f"model config: init={self.init!r} has no meaning for experts")
 
     @property
     def group_size(self) -> int:
@@ -88,11 +132,44 @@ class DecoderConfig:
     @property
     def num_params(self) -> int:
         """All parameters. A tied head is not counted twice."""
+        return self._count(1 if self.moe is None else self.moe.n_experts)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token meets: of the experts only those it is sent to. Both embedding
+        matrices count; of a dense model all parameters do.
+
+        OLMoE's published count, 1,281,951,744 of 6,919,161,856, leaves out the scales of the
+        QK-norm (2 * width a layer), and so does this one for models with experts.
+        """
+        if self.moe is None:
+            return self.num_params
+        return self._count(self.moe.experts_per_token) - self.n_layers * self._qk_norm_scales
+
+    @property
+    def num_active_non_embedding_params(self) -> int:
+        """`num_active_params` without the input embedding (a tied one counts, as the head)."""
+        return self.num_active_params - (0 if self.tie_embeddings else self.num_embedding_params)
+
+    @property
+    def active_d_ff(self) -> int:
+        """Feed-forward width that one token passes through."""
+        if self.moe is None:
+            return self.d_ff
+        return self.d_ff * self.moe.experts_per_token + self.moe.shared_d_ff
+
+    @property
+    def _qk_norm_scales(self) -> int:
+        """Parameters of one layer's QK-norm."""
+        return (self.n_heads + self.n_kv_heads) * self.head_dim if self.qk_norm == "full" else 0
+
+    def _count(self, experts: int) -> int:
+        """Parameters with `experts` feed-forward blocks a layer."""
         d, h = self.d_model, self.head_dim
         attention = d * h * (self.n_heads + 2 * self.n_kv_heads) + self.n_heads * h * d
-        if self.qk_norm == "full":
-            attention += (self.n_heads + self.n_kv_heads) * h
-        layer = attention + 3 * d * self.d_ff + 2 * d
+        layer = attention + self._qk_norm_scales + 3 * d * self.d_ff * experts + 2 * d
+        if self.moe is not None:
+            layer += d * self.moe.n_experts + 3 * d * self.moe.shared_d_ff
         head = 0 if self.tie_embeddings else self.vocab_size * d
         return self.num_embedding_params + self.n_layers * layer + d + head
 
@@ -109,24 +186,25 @@ class DecoderConfig:
 
         Forward 2N + 4 * layers * width * seq_len, backward 4(N + V * d_model) + twice the attention
         term, N without the input embedding. The backward term counts the input embedding although
-        no matrix product touches it; use `matmul_flops_per_token` for utilisation.
+        no matrix product touches it; use `matmul_flops_per_token` for utilisation. Of experts only
+        the active ones count.
         """
         seq_len = self.max_seq_len if seq_len is None else seq_len
         attention = self.n_layers * self.n_heads * self.head_dim * seq_len
-        n = self.num_non_embedding_params
+        n = self.num_active_non_embedding_params
         embedding = 0 if self.tie_embeddings else self.num_embedding_params
         return (2 * n + 4 * attention) + (4 * (n + embedding) + 8 * attention)
 
     def matmul_flops_per_token(self, seq_len: int | None = None, *, causal: bool = True) -> int:
         """FLOPs per token of the matrix products of a training step, for model FLOPs utilisation.
 
-        6 per parameter that multiplies every token, plus the attention scores and their weighted
-        sum, 12 * layers * width * seq_len, halved for causal attention (MaxText's convention since
-        2025).
+        6 per (active) parameter that multiplies a token, plus the attention scores and their
+        weighted sum, 12 * layers * width * seq_len, halved for causal attention (MaxText's
+        convention since 2025).
         """
         seq_len = self.max_seq_len if seq_len is None else seq_len
         attention = 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
-        return 6 * self.num_non_embedding_params + (attention // 2 if causal else attention)
+        return 6 * self.num_active_non_embedding_params + (attention // 2 if causal else attention)
 
 
 RematPolicy = Literal["none", "full", "dots", "projections"]
@@ -150,6 +228,10 @@ class Execution:
     """Unroll the scan over layers: longer compilation, faster on CPUs."""
     attention: str | None = None
     """Implementation of `kernels_pallas.attention`; None picks the best one for the device."""
+    experts: str | None = None
+    """Implementation of `kernels_pallas.grouped_matmul`; None picks the best one for the device."""
+    router: str | None = None
+    """Implementation of `kernels_pallas.router`; None picks the best one for the device."""
     loss: str | None = None
     """Implementation of `kernels_pallas.linear_cross_entropy`; None picks the best one for the
     device.

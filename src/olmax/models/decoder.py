@@ -1,20 +1,22 @@
-"""The dense decoder: OLMo 2, Llama 2 and Llama 3.1 as configurations of one module."""
+"""The decoder: OLMo 2, OLMoE, Llama 2 and Llama 3.1 as configurations of one module."""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.xla_cpu import apart
+from olmax.errors import UserError
 from olmax.models import parameters
 from olmax.models.annotations import annotate
 from olmax.models.attention import Attention, LayerCache
 from olmax.models.config import DecoderConfig, Execution, RematPolicy
 from olmax.models.kv_cache import KVCache
 from olmax.models.mlp import MLP
+from olmax.models.moe import MoE, RoutingRecord
 from olmax.models.norm import RMSNorm
 from olmax.models.rope import inverse_frequencies, rotation
 
@@ -23,13 +25,17 @@ class Block(nnx.Module):
     """One transformer layer, or all of them stacked on the leading `stack` dimensions."""
 
     def __init__(self, config: DecoderConfig, execution: Execution, *, stack=(), rngs: nnx.Rngs):
+        self.config = config
         self.norm_position = config.norm_position
         norm: Any = dict(
             eps=config.norm_eps, stack=stack, param_dtype=execution.param_dtype, rngs=rngs
         )
         self.attention = Attention(config, execution, stack=stack, rngs=rngs)
         self.attention_norm = RMSNorm([(config.d_model, None)], **norm)
-        self.mlp = MLP(config, execution, stack=stack, rngs=rngs)
+        if config.moe is None:
+            self.mlp = MLP(config, execution, stack=stack, rngs=rngs)
+        else:
+            self.moe = MoE(config, execution, stack=stack, rngs=rngs)
         self.mlp_norm = RMSNorm([(config.d_model, None)], **norm)
 
     def __call__(
@@ -39,7 +45,10 @@ class Block(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         kv_segment_ids_BS: jax.Array | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, RoutingRecord | None]:
+        """Output [B, L, D]; the updated (k, v) of the layer's cache when there is one; what the
+        router did when there is one.
+        """
         attend = functools.partial(
             self.attention,
             rotation=rotation,
@@ -51,13 +60,20 @@ class Block(nnx.Module):
             y_BLD, updated = attend(x_BLD)
             x_BLD = x_BLD + self.attention_norm(y_BLD)
             x_BLD = annotate(x_BLD, ("batch", "length", None))
-            x_BLD = x_BLD + self.mlp_norm(self.mlp(x_BLD))
+            y_BLD, routing = self._feed_forward(x_BLD, segment_ids_BL)
+            x_BLD = x_BLD + self.mlp_norm(y_BLD)
         else:
             y_BLD, updated = attend(self.attention_norm(x_BLD))
             x_BLD = x_BLD + y_BLD
             x_BLD = annotate(x_BLD, ("batch", "length", None))
-            x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD))
-        return annotate(x_BLD, ("batch", "length", None)), updated
+            y_BLD, routing = self._feed_forward(self.mlp_norm(x_BLD), segment_ids_BL)
+            x_BLD = x_BLD + y_BLD
+        return annotate(x_BLD, ("batch", "length", None)), updated, routing
+
+    def _feed_forward(self, x_BLD, segment_ids_BL) -> tuple[jax.Array, RoutingRecord | None]:
+        if self.config.moe is None:
+            return self.mlp(x_BLD), None
+        return self.moe(x_BLD, None if segment_ids_BL is None else segment_ids_BL != 0)
 
 
 class Embedder(nnx.Module):
@@ -90,6 +106,17 @@ class Head(nnx.Module):
             [(config.d_model, "embed"), (config.vocab_size, "vocab")],
             execution.param_dtype,
         )
+
+
+class TrunkOutput(NamedTuple):
+    """What the layers make of their inputs."""
+
+    hidden_BLD: jax.Array
+    """Normed final hidden states."""
+    cache: KVCache | None
+    """The grown cache, where one was given."""
+    routing: RoutingRecord | None
+    """What the routers did, layers stacked in front; None for a dense model."""
 
 
 class Decoder(nnx.Module):
@@ -130,10 +157,22 @@ class Decoder(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
         """Normed final hidden states [B, L, D] of `tokens_BL`, in the compute dtype."""
-        x_BLD, _ = self.trunk(
+        return self.hidden_and_routing(
+            tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL
+        )[0]
+
+    def hidden_and_routing(
+        self,
+        tokens_BL: jax.Array,
+        *,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, RoutingRecord | None]:
+        """`hidden`, and what the routers of all layers did (None for a dense model)."""
+        output = self.trunk(
             self.embedder(tokens_BL), positions_BL=positions_BL, segment_ids_BL=segment_ids_BL
         )
-        return x_BLD
+        return output.hidden_BLD, output.routing
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """float32 logits [B, L, V] of hidden states."""
@@ -180,15 +219,20 @@ class Decoder(nnx.Module):
             cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), cache.length, axis=1
         )
         cache = dataclasses.replace(cache, segment_ids_BS=segments_BS)
-        x_BLD, grown = self.trunk(
+        if self.config.moe is not None and self.config.moe.routing == "expert_choice":
+            raise UserError(
+                "this model's experts choose among all tokens of a sequence (expert_choice), later "
+                "ones included, so it cannot generate"
+            )
+        output = self.trunk(
             self.embedder(tokens_BL),
             positions_BL=positions_BL,
             segment_ids_BL=segment_ids_BL,
             cache=cache,
             cache_is_empty=empty,
         )
-        assert grown is not None
-        return x_BLD, grown
+        assert output.cache is not None
+        return output.hidden_BLD, output.cache
 
     def layer_outputs(self, x_BLD: jax.Array, offsets_NBLD: jax.Array | None = None) -> jax.Array:
         """Hidden states [N, B, L, D] after every layer, for studies of the network itself.
@@ -209,7 +253,7 @@ class Decoder(nnx.Module):
 
         def layer(x_BLD, scanned):
             params, offset_BLD = scanned
-            x_BLD, _ = nnx.merge(graphdef, params)(x_BLD, cos_sin)
+            x_BLD, _, _ = nnx.merge(graphdef, params)(x_BLD, cos_sin)
             if offset_BLD is not None:
                 x_BLD = x_BLD + offset_BLD
             return x_BLD, x_BLD
@@ -224,7 +268,7 @@ class Decoder(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         cache: KVCache | None = None,
         cache_is_empty: bool = False,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> TrunkOutput:
         """All layers and the final norm on inputs [B, L, D]."""
         batch, length, _ = x_BLD.shape
         if positions_BL is None:
@@ -241,24 +285,27 @@ class Decoder(nnx.Module):
         def layer(x_BLD, scanned):
             params, layer_cache = scanned
             block = nnx.merge(graphdef, params)
-            return block(
+            x_BLD, updated, routing = block(
                 x_BLD,
                 cos_sin,
                 segment_ids_BL,
                 None if cache is None else cache.segment_ids_BS,
                 None if cache is None else (*layer_cache, start),
             )
+            return x_BLD, (updated, routing)
 
         layer = rematerialise(layer, self.execution.remat)
         layer_caches = None if cache is None else (cache.k_NBSKH, cache.v_NBSKH)
         unroll = self.config.n_layers if self.execution.unroll_layers else 1
-        x_BLD, updated = jax.lax.scan(layer, x_BLD, (stacked, layer_caches), unroll=unroll)
+        x_BLD, (updated, routing) = jax.lax.scan(
+            layer, x_BLD, (stacked, layer_caches), unroll=unroll
+        )
         if cache is not None and updated is not None:
             k_NBSKH, v_NBSKH = updated
             cache = dataclasses.replace(
                 cache, k_NBSKH=k_NBSKH, v_NBSKH=v_NBSKH, length=cache.length + length
             )
-        return self.final_norm(x_BLD), cache
+        return TrunkOutput(self.final_norm(x_BLD), cache, routing)
 
 
 def rematerialise(fn, policy: RematPolicy):

@@ -52,6 +52,15 @@ def write_metadata(directory: epath.Path, metadata: Metadata) -> None:
     config_json.write_text(directory / METADATA, json.dumps(dataclasses.asdict(metadata)))
 
 
+def holds_model_only(directory: epath.Path) -> bool:
+    """Whether a checkpoint has parameters and no optimizer state."""
+    try:
+        arrays = read_metadata(directory).arrays
+    except (OSError, ValueError):
+        return False
+    return not any(name.startswith("opt_state.") for name in arrays)
+
+
 def step_directories(root: epath.Path) -> list[epath.Path]:
     """Directories named like a step, oldest first, complete or not."""
     if not root.exists():

@@ -60,7 +60,8 @@ class TrainConfig:
     """Devices along the mesh axes, such as `fsdp=4,tensor=2`."""
     start_from: str | None = None
     """A checkpoint whose parameters and optimizer state the run starts from; its step count, data
-    order and schedule start anew (see `olmax.training.anneal`)."""
+    order and schedule start anew (see `olmax.training.anneal`). One that holds a model alone, such
+    as `olmax upcycle` makes, starts with a fresh optimizer."""
     data: Any = None
     """Description of the training data, stored with the run."""
     log_interval: int = 10

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from olmax.models.cross_entropy import cross_entropy
 from olmax.models.decoder import Decoder
 from olmax.training.metrics import Mean
+from olmax.training.router_losses import RouterLosses, router_losses
 
 Batch = dict[str, jax.Array]
 
@@ -44,7 +45,7 @@ def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the next token, in nats, plus z-loss.
+    """Cross-entropy of the next token, in nats, plus z-loss, plus the auxiliary losses of routers.
 
     Released OLMo 2 models differ from their configurations (specs/olmo2.md sections 3 and 4): the
     1B, 7B and 13B configurations say 1e-5, but the trainer that made them never read the value and
@@ -56,13 +57,15 @@ class NextToken:
     denominator: Literal["targets", "tokens"] = "targets"
     """`targets`: mean over the tokens that count. `tokens`: the sum over those divided by all B * L
     tokens, masked ones and the missing last target included."""
+    router: RouterLosses = RouterLosses()
+    """Of models with experts."""
 
     def __call__(self, model: Decoder, batch: Batch, rng: jax.Array) -> tuple[Mean, dict]:
-        """Loss, and the metrics `cross_entropy` (always per valid target) and `z_loss` (as it
-        enters the loss).
+        """Loss, and the metrics `cross_entropy` (always per valid target), `z_loss` (as it enters
+        the loss) and, with experts, those of `router_losses`.
         """
         del rng
-        hidden_BLD = model.hidden(
+        hidden_BLD, routing = model.hidden_and_routing(
             batch["tokens"],
             positions_BL=batch.get("positions"),
             segment_ids_BL=batch.get("segment_ids"),
@@ -79,5 +82,11 @@ class NextToken:
         weight = ce.weight
         if self.denominator == "tokens":
             weight = jnp.full_like(weight, valid_BL.size)
-        loss = Mean(ce.total + z.total, weight)
-        return loss, {"cross_entropy": ce, "z_loss": Mean(z.total, weight)}
+        total = ce.total + z.total
+        metrics = {"cross_entropy": ce, "z_loss": Mean(z.total, weight)}
+        if routing is not None:
+            # Weighed like the loss, so that micro-batches count by their tokens.
+            extra, found = router_losses(routing.statistics, model.config.moe, self.router)
+            total += extra * weight
+            metrics |= {name: Mean(value * weight, weight) for name, value in found.items()}
+        return Mean(total, weight), metrics

@@ -388,12 +388,18 @@ class _Run:
 
 
 def _start_from(path: str, train_step: TrainStep, seed: int) -> TrainState:
-    """Parameters and optimizer state of a checkpoint; step and seed of a new run."""
+    """Parameters and optimizer state of a checkpoint; step and seed of a new run.
+
+    A checkpoint that holds a model alone (an upcycled one, say) starts with a fresh optimizer.
+    """
     directory = checkpoint_files.candidates(path)[0]
+    prefixes = ("params.", "opt_state.")
+    if checkpoint_files.holds_model_only(directory):
+        prefixes = ("params.",)
     wanted = {
         name: leaf
         for name, leaf in named_leaves(train_step.abstract_state).items()
-        if name.startswith(("params.", "opt_state."))
+        if name.startswith(prefixes)
     }
     try:
         arrays = read_arrays(directory, wanted)
@@ -402,6 +408,10 @@ def _start_from(path: str, train_step: TrainStep, seed: int) -> TrainState:
             f"start_from={path} is damaged ({error}); use another checkpoint"
         ) from error
     abstract = train_step.abstract_state
+    if len(prefixes) == 1:
+        return train_step.adopt(
+            map_named(lambda name, _: arrays[f"params.{name}"], abstract.params)
+        )
     # Step and seed go where the step puts its own; else the second update is compiled anew.
     return TrainState(
         step=jax.device_put(np.int32(0), abstract.step.sharding),

@@ -1,0 +1,101 @@
+"""Cut over devices in whatever way, a mixture of experts computes the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from olmax import sharding
+from olmax.errors import UserError
+from olmax.models import MoEConfig, get_preset
+from olmax.models.expert_parallel import exchange, exchange_plan
+from olmax.training.objectives import NextToken
+from olmax.training.router_losses import RouterLosses
+
+CONFIG = dataclasses.replace(
+    get_preset("olmoe-tiny"), d_model=16, d_ff=8, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=8,
+    vocab_size=32, moe=MoEConfig(8, 3, shared_d_ff=8),
+)  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(0, 32, (8, 6)).astype(np.int32)
+
+
+def loss_and_gradients(config, mesh):
+    mesh = None if mesh is None else sharding.make_mesh(mesh)
+    graphdef, state = nnx.split(sharding.init_decoder(config, seed=0, mesh=mesh))
+    # Large weights, so that the auxiliary losses matter in the gradients.
+    objective = NextToken(router=RouterLosses(load_balance=0.5, z=0.1, statistics="global"))
+
+    def total(state):
+        with sharding.use_mesh(mesh):
+            loss, metrics = objective(
+                nnx.merge(graphdef, state), {"tokens": jnp.asarray(TOKENS)}, jax.random.key(0)
+            )
+        return loss.value, metrics["max_violation"].value
+
+    (loss, violation), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(state)
+    return float(loss), float(violation), [np.asarray(g) for g in jax.tree.leaves(gradients)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return loss_and_gradients(CONFIG, None)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2,expert=4", "expert=2,tensor=2,context=2"])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(alone, mesh):
+    loss, violation, gradients = loss_and_gradients(CONFIG, mesh)
+    assert loss == pytest.approx(alone[0], abs=2e-6)
+    assert violation == pytest.approx(alone[1], abs=1e-6)
+    for got, expected in zip(gradients, alone[2], strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_experts_that_choose_tokens_do_not_depend_on_the_mesh():
+    config = dataclasses.replace(CONFIG, n_layers=1, moe=MoEConfig(4, 2, routing="expert_choice"))
+    alone = loss_and_gradients(config, None)
+    loss, _, gradients = loss_and_gradients(config, "fsdp=2,expert=4")
+    assert loss == pytest.approx(alone[0], abs=2e-6)
+    for got, expected in zip(gradients, alone[2], strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_rows_reach_the_device_of_their_expert_and_come_back():
+    mesh = sharding.make_mesh("expert=4", jax.devices()[:4])
+    counts = np.array([[3, 0, 2, 1, 0, 0, 0, 0], [0] * 6 + [6, 0], [1, 1, 1, 1, 1, 1, 0, 0],
+                       [0, 6, 0, 0, 0, 0, 0, 0]], np.int32)  # fmt: skip
+    # A row says who sent it (hundreds), for which expert (tens), and which of those it is.
+    rows = np.array(
+        [[100 * p + 10 * e + i for e in range(8) for i in range(counts[p, e])] for p in range(4)]
+    )
+
+    def there_and_back(x_MD, counts_E):
+        plan = exchange_plan(counts_E[0], rows=6, most=6, axes=("expert",))
+        here = exchange(x_MD, plan, ("expert",))
+        sorted_rows = here[plan.by_expert_R]
+        back = exchange(sorted_rows[plan.by_sender_R], plan.reversed(), ("expert",))
+        return sorted_rows, plan.counts_E[None], back
+
+    spec = PartitionSpec("expert")
+    mapped = jax.shard_map(
+        there_and_back, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
+    )
+    x_MD = rows.reshape(-1, 1).astype(np.float32)
+    sorted_rows, here, back = jax.jit(mapped)(x_MD, counts)
+    np.testing.assert_array_equal(back, x_MD)
+    np.testing.assert_array_equal(np.asarray(here).ravel(), counts.sum(0))
+    for device, got in enumerate(np.asarray(sorted_rows).reshape(4, 24)):
+        expected = sorted(
+            (row for row in rows.ravel() if row // 10 % 10 // 2 == device),
+            key=lambda row: (row // 10 % 10, row),
+        )
+        np.testing.assert_array_equal(got[: len(expected)], expected)
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_an_error():
+    config = dataclasses.replace(CONFIG, moe=MoEConfig(6, 2))
+    with pytest.raises(UserError, match="expert=4 does not divide moe.n_experts=6"):
+        sharding.check_divisible(config, sharding.make_mesh("expert=4,fsdp=2"))
