@@ -31,6 +31,15 @@ _LLAMA = dict(
     rms_norm_eps=1e-5,
     mlp_bias=False,
 )
+_OLMOE = dict(
+    _OLMO2,
+    model_type="olmoe",
+    architectures=["OlmoeForCausalLM"],
+    rms_norm_eps=1e-5,
+    clip_qkv=None,
+    output_router_logits=False,
+    router_aux_loss_coef=0.01,
+)
 
 CASES: dict[str, dict] = {
     # The keys of transformers 5.
@@ -88,7 +97,52 @@ CASES: dict[str, dict] = {
         head_dim=16,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
+    # As released, in miniature: probabilities of the chosen experts as they are.
+    "olmoe": dict(
+        _OLMOE,
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=12,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        rope_theta=10000.0,
+        rope_scaling=None,
+    ),
+    "olmoe_normalized_gqa": dict(
+        _OLMOE,
+        vocab_size=256,
+        hidden_size=48,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_experts=5,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
 }
+
+
+def feed_forward(config: dict, prefix: str, matrix) -> dict[str, np.ndarray]:
+    """Tensors of one layer's feed-forward block: one, or a router and experts."""
+    d, f = config["hidden_size"], config["intermediate_size"]
+    experts = [f"experts.{e}." for e in range(config.get("num_experts", 0))] or [""]
+    tensors = {}
+    for expert in experts:
+        tensors |= {
+            f"{prefix}mlp.{expert}gate_proj.weight": matrix(f, d, 1.5),
+            f"{prefix}mlp.{expert}up_proj.weight": matrix(f, d, 3.0 if expert else 1.0),
+            f"{prefix}mlp.{expert}down_proj.weight": matrix(d, f),
+        }
+    if experts != [""]:
+        # Far from uniform, with no near ties at the last chosen expert.
+        tensors[f"{prefix}mlp.gate.weight"] = matrix(len(experts), d, 1.0)
+    return tensors
 
 
 def weights(name: str) -> dict[str, np.ndarray]:
@@ -100,7 +154,7 @@ def weights(name: str) -> dict[str, np.ndarray]:
     config = CASES[name]
     # RandomState, because its stream is frozen for good; Generator's is not.
     random = np.random.RandomState(sorted(CASES).index(name) + 1)
-    d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    d, v = config["hidden_size"], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim", d // heads)
 
@@ -118,17 +172,16 @@ def weights(name: str) -> dict[str, np.ndarray]:
             prefix + "self_attn.k_proj.weight": matrix(kv_heads * head_dim, d, 1.5),
             prefix + "self_attn.v_proj.weight": matrix(kv_heads * head_dim, d),
             prefix + "self_attn.o_proj.weight": matrix(d, heads * head_dim),
-            prefix + "mlp.gate_proj.weight": matrix(f, d, 1.5),
-            prefix + "mlp.up_proj.weight": matrix(f, d),
-            prefix + "mlp.down_proj.weight": matrix(d, f),
+            **feed_forward(config, prefix, matrix),
             prefix + "post_attention_layernorm.weight": scale(d),
         }
-        if config["model_type"] == "olmo2":
+        if config["model_type"] != "llama":
             tensors |= {
                 prefix + "self_attn.q_norm.weight": scale(heads * head_dim),
                 prefix + "self_attn.k_norm.weight": scale(kv_heads * head_dim),
-                prefix + "post_feedforward_layernorm.weight": scale(d),
             }
+        if config["model_type"] == "olmo2":
+            tensors[prefix + "post_feedforward_layernorm.weight"] = scale(d)
         else:
             tensors[prefix + "input_layernorm.weight"] = scale(d)
     tensors["model.norm.weight"] = scale(d) * np.float32(

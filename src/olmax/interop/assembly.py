@@ -50,7 +50,9 @@ class Assembly:
         if not shards:
             shards.extend(self._allocate(piece.param))
         if piece.layer is not None:
-            shards = [s for s in shards if s.region["N"][0] <= piece.layer < s.region["N"][1]]
+            shards = [shard for shard in shards if _holds(shard, "N", piece.layer)]
+        if piece.expert is not None:
+            shards = [shard for shard in shards if _holds(shard, "E", piece.expert)]
         sizes = {**self._sizes, "C": piece.fused[1]}
         lead = piece.axes[0]
         # Rows of the file for one step along the leading letter.
@@ -78,10 +80,9 @@ class Assembly:
         )
 
     def _shape(self, param: str) -> tuple[int, ...]:
-        fused = {"blocks.attention.qkv": self._config.group_size + 2, "blocks.mlp.gate_up": 2}
+        fused = self._config.group_size + 2 if param == "blocks.attention.qkv" else 2
         return tuple(
-            fused[param] if letter == "C" else self._sizes[letter]
-            for letter in layout.PARAMETERS[param]
+            fused if letter == "C" else self._sizes[letter] for letter in layout.PARAMETERS[param]
         )
 
     def _allocate(self, param: str) -> list[_Shard]:
@@ -98,6 +99,11 @@ class Assembly:
         return shards
 
 
+def _holds(shard: _Shard, letter: str, index: int) -> bool:
+    start, stop = shard.region[letter]
+    return start <= index < stop
+
+
 def _place(shard: _Shard, block: np.ndarray, offset: int, piece: Piece) -> None:
     """Writes the shard's part of a block that begins at `offset` along its leading letter."""
     lead = piece.axes[0]
@@ -105,6 +111,8 @@ def _place(shard: _Shard, block: np.ndarray, offset: int, piece: Piece) -> None:
     cut = [slice(None) if x in (lead, "C") else slice(*shard.region[x]) for x in piece.axes]
     block = np.ascontiguousarray(block[tuple(cut)])
     target = {"N": piece.layer or 0, "C": piece.fused[0], lead: offset}
+    if piece.expert is not None:
+        target["E"] = piece.expert
     starts = tuple(np.int32(target.get(x, first) - first) for x, (first, _) in shard.region.items())
     shard.array = _write(
         shard.array,

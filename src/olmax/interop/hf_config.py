@@ -1,4 +1,4 @@
-"""Hugging Face `config.json` <-> `DecoderConfig`, for model types olmo2 and llama.
+"""Hugging Face `config.json` <-> `DecoderConfig`, for model types olmo2, olmoe and llama.
 
 Absent keys take the defaults of the transformers classes (read from transformers 5.23), which
 differ from the released values (specs/olmo2.md section 8). RoPE is read from `rope_theta` +
@@ -11,12 +11,33 @@ from typing import Any
 
 from olmax.errors import UserError
 from olmax.interop.keys import Keys
-from olmax.models.config import DecoderConfig, Llama3RopeScaling
+from olmax.models.config import DecoderConfig, Llama3RopeScaling, MoEConfig
 
 _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "olmo2": dict(vocab_size=50304, rms_norm_eps=1e-5),
     "llama": dict(vocab_size=32000, rms_norm_eps=1e-6),
+    "olmoe": dict(
+        vocab_size=50304,
+        rms_norm_eps=1e-5,
+        hidden_size=2048,
+        intermediate_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        max_position_embeddings=4096,
+    ),
 }
+_ARCHITECTURES = {
+    "olmo2": "Olmo2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+}
+_ALL_DEFAULTS = dict(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=2048,
+)
 
 # Keys of the transformers base class, of generation and of tools that leave the logits alone.
 # `pretraining_tp` only cut matrix products into slices and summed them again; current transformers
@@ -58,7 +79,7 @@ def from_huggingface(values: Mapping[str, Any], file: str = "config.json") -> De
     model_type = values.get("model_type")
     if model_type not in _CLASS_DEFAULTS:
         raise keys.error("model_type", f"is not supported (only {' or '.join(_CLASS_DEFAULTS)})")
-    defaults = _CLASS_DEFAULTS[model_type]
+    defaults = _ALL_DEFAULTS | _CLASS_DEFAULTS[model_type]
     keys.require("hidden_act", "silu", "swish", default="silu")
     keys.require("attention_bias", False, default=False)
     keys.require("mlp_bias", False, default=False)
@@ -71,36 +92,52 @@ def from_huggingface(values: Mapping[str, Any], file: str = "config.json") -> De
         if layer_type != "full_attention":
             raise keys.error("layer_types", f"is not supported: layer {index} is {layer_type!r}")
 
-    d_model = keys.integer("hidden_size", 4096)
-    n_heads = keys.integer("num_attention_heads", 32)
+    d_model = keys.integer("hidden_size", defaults["hidden_size"])
+    n_heads = keys.integer("num_attention_heads", defaults["num_attention_heads"])
     head_dim = keys.get("head_dim")
     if head_dim is None and d_model % n_heads:
         raise keys.error(
             "num_attention_heads",
             f"does not divide hidden_size {d_model}, and there is no head_dim",
         )
-    max_seq_len = keys.integer("max_position_embeddings", 2048)
+    max_seq_len = keys.integer("max_position_embeddings", defaults["max_position_embeddings"])
     theta, scaling = _rope(keys, max_seq_len)
     output_norm = model_type == "olmo2"
+    moe = _experts(keys) if model_type == "olmoe" else None
     config = DecoderConfig(
         d_model=d_model,
-        n_layers=keys.integer("num_hidden_layers", 32),
+        n_layers=keys.integer("num_hidden_layers", defaults["num_hidden_layers"]),
         n_heads=n_heads,
         n_kv_heads=keys.integer("num_key_value_heads", n_heads),
         head_dim=keys.integer("head_dim", d_model // n_heads),
-        d_ff=keys.integer("intermediate_size", 11008),
+        d_ff=keys.integer("intermediate_size", defaults["intermediate_size"]),
         vocab_size=keys.integer("vocab_size", defaults["vocab_size"]),
         max_seq_len=max_seq_len,
         norm_position="output" if output_norm else "input",
-        qk_norm="full" if output_norm else "none",
+        qk_norm="none" if model_type == "llama" else "full",
         norm_eps=keys.number("rms_norm_eps", defaults["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=keys.flag("tie_word_embeddings", False),
+        moe=moe,
     )
     keys.skip(*_HARMLESS)
     keys.warn_unread(_SUSPICIOUS)
     return config
+
+
+def _experts(keys: Keys) -> MoEConfig:
+    """The experts of an olmoe; `num_local_experts` is transformers' other name of `num_experts`."""
+    keys.require("clip_qkv", None)
+    # They belong to transformers' own auxiliary loss, which is not the one OLMoE was trained with.
+    keys.skip("output_router_logits", "router_aux_loss_coef")
+    experts = keys.integer("num_experts", keys.integer("num_local_experts", 64))
+    if keys.integer("num_local_experts", experts) != experts:
+        raise keys.error("num_local_experts", f"contradicts num_experts = {experts}")
+    chosen = keys.integer("num_experts_per_tok", 8)
+    if chosen > experts:
+        raise keys.error("num_experts_per_tok", f"is more than num_experts = {experts}")
+    return MoEConfig(experts, chosen, normalize_weights=keys.flag("norm_topk_prob", False))
 
 
 def _rope(keys: Keys, max_seq_len: int) -> tuple[float, Llama3RopeScaling | None]:
@@ -169,13 +206,32 @@ def model_type(config: DecoderConfig) -> str:
     Raises:
       UserError: none does.
     """
-    kinds = {("output", "full"): "olmo2", ("input", "none"): "llama"}
-    kind = kinds.get((config.norm_position, config.qk_norm))
+    moe = config.moe
+    if moe is not None and (moe.shared_d_ff or moe.routing != "token_choice"):
+        raise UserError(
+            "no Hugging Face model type has "
+            + ("expert choice" if moe.routing != "token_choice" else "OLMoE with a shared expert")
+            + "; write --format orbax"
+        )
+    kinds = {
+        ("output", "full", False): "olmo2",
+        ("input", "none", False): "llama",
+        ("input", "full", True): "olmoe",
+    }
+    kind = kinds.get((config.norm_position, config.qk_norm, moe is not None))
     if kind is None:
         raise UserError(
-            f"no Hugging Face model type has norm_position={config.norm_position!r} and "
-            f"qk_norm={config.qk_norm!r}; olmo2 has output and full, llama input and none"
+            f"no Hugging Face model type has norm_position={config.norm_position!r}, "
+            f"qk_norm={config.qk_norm!r} and {'experts' if moe else 'no experts'}; olmo2 has output"
+            " and full, llama input and none, olmoe input, full and experts"
         )
+    if kind == "olmoe" and config.head_dim * config.n_heads != config.d_model:
+        raise UserError(
+            f"Hugging Face's olmoe has no head_dim of its own: d_model={config.d_model} must be "
+            f"n_heads={config.n_heads} x head_dim={config.head_dim}"
+        )
+    if kind == "olmoe" and config.rope_scaling is not None:
+        raise UserError("rope_scaling of an olmoe is not exported; write --format orbax")
     return kind
 
 
@@ -197,7 +253,7 @@ def to_huggingface(
         else {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
     )
     values = {
-        "architectures": ["Olmo2ForCausalLM" if kind == "olmo2" else "LlamaForCausalLM"],
+        "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -228,4 +284,14 @@ def to_huggingface(
     }
     if kind == "llama":
         values["mlp_bias"] = False
+    if config.moe is not None:
+        del values["head_dim"]
+        values |= {
+            "clip_qkv": None,
+            "num_experts": config.moe.n_experts,
+            "num_experts_per_tok": config.moe.experts_per_token,
+            "norm_topk_prob": config.moe.normalize_weights,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.01,
+        }
     return values

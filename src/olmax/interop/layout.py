@@ -7,7 +7,7 @@ name: pieces}`.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from olmax.models.config import DecoderConfig
 
@@ -22,6 +22,11 @@ PARAMETERS = {
     "blocks.attention_norm.scale": "ND",
     "blocks.mlp.gate_up": "NDCF",
     "blocks.mlp.down": "NFD",
+    "blocks.moe.router": "NDE",
+    "blocks.moe.gate_up": "NEDCF",
+    "blocks.moe.down": "NEFD",
+    "blocks.moe.shared.gate_up": "NDCF",
+    "blocks.moe.shared.down": "NFD",
     "blocks.mlp_norm.scale": "ND",
     "final_norm.scale": "D",
     "head.kernel": "DV",
@@ -39,6 +44,8 @@ class Piece:
     param: str
     dims: str
     layer: int | None = None
+    expert: int | None = None
+    """The one expert it belongs to; None: all of them, or none."""
     fused: tuple[int, int] = (0, 1)
 
     @property
@@ -61,6 +68,7 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
         "G": config.group_size,
         "H": config.head_dim,
         "F": config.d_ff,
+        "E": 1 if config.moe is None else config.moe.n_experts,
     }
 
 
@@ -78,27 +86,47 @@ def tensor_shape(pieces: tuple[Piece, ...], config: DecoderConfig) -> tuple[int,
 
 # The fused projections of a layer, by what they are in a checkpoint.
 def _q(config: DecoderConfig, layer: int) -> Piece:
-    return Piece("blocks.attention.qkv", "KCH,D", layer, (0, config.group_size))
+    return Piece("blocks.attention.qkv", "KCH,D", layer, fused=(0, config.group_size))
 
 
 def _k(config: DecoderConfig, layer: int) -> Piece:
-    return Piece("blocks.attention.qkv", "KH,D", layer, (config.group_size, 1))
+    return Piece("blocks.attention.qkv", "KH,D", layer, fused=(config.group_size, 1))
 
 
 def _v(config: DecoderConfig, layer: int) -> Piece:
-    return Piece("blocks.attention.qkv", "KH,D", layer, (config.group_size + 1, 1))
+    return Piece("blocks.attention.qkv", "KH,D", layer, fused=(config.group_size + 1, 1))
 
 
 def _gate(layer: int) -> Piece:
-    return Piece("blocks.mlp.gate_up", "F,D", layer, (0, 1))
+    return Piece("blocks.mlp.gate_up", "F,D", layer, fused=(0, 1))
 
 
 def _up(layer: int) -> Piece:
-    return Piece("blocks.mlp.gate_up", "F,D", layer, (1, 1))
+    return Piece("blocks.mlp.gate_up", "F,D", layer, fused=(1, 1))
+
+
+def _feed_forward(config: DecoderConfig, layer: int) -> dict[str, Piece]:
+    """transformers' names inside a layer: one gate, up and down, or those of every expert."""
+    if config.moe is None:
+        return {
+            "mlp.gate_proj": _gate(layer),
+            "mlp.up_proj": _up(layer),
+            "mlp.down_proj": Piece("blocks.mlp.down", "D,F", layer),
+        }
+    found = {"mlp.gate": Piece("blocks.moe.router", "E,D", layer)}
+    for e in range(config.moe.n_experts):
+        found |= {
+            f"mlp.experts.{e}.gate_proj": Piece("blocks.moe.gate_up", "F,D", layer, e, (0, 1)),
+            f"mlp.experts.{e}.up_proj": Piece("blocks.moe.gate_up", "F,D", layer, e, (1, 1)),
+            f"mlp.experts.{e}.down_proj": Piece("blocks.moe.down", "D,F", layer, e),
+        }
+    return found
 
 
 def huggingface(config: DecoderConfig) -> Layout:
-    """Names of transformers' olmo2 (norms on outputs) and llama (norms on inputs)."""
+    """Names of transformers' olmo2 (norms on outputs), llama (norms on inputs) and olmoe (the same
+    with QK-norm and experts).
+    """
     norms = {
         "output": ("post_attention_layernorm", "post_feedforward_layernorm"),
         "input": ("input_layernorm", "post_attention_layernorm"),
@@ -112,9 +140,7 @@ def huggingface(config: DecoderConfig) -> Layout:
             "self_attn.v_proj": _v(config, n),
             "self_attn.o_proj": Piece("blocks.attention.out", "D,KGH", n),
             attention_norm: Piece("blocks.attention_norm.scale", "D", n),
-            "mlp.gate_proj": _gate(n),
-            "mlp.up_proj": _up(n),
-            "mlp.down_proj": Piece("blocks.mlp.down", "D,F", n),
+            **_feed_forward(config, n),
             mlp_norm: Piece("blocks.mlp_norm.scale", "D", n),
         }
         if config.qk_norm == "full":
@@ -127,9 +153,28 @@ def huggingface(config: DecoderConfig) -> Layout:
     return layout
 
 
+def huggingface_packed(config: DecoderConfig) -> Layout:
+    """The same with the experts of a layer in two tensors, as transformers 5 holds them in memory
+    and some tools store them.
+    """
+    layout = {n: p for n, p in huggingface(config).items() if ".mlp.experts." not in n}
+    for n in range(config.n_layers):
+        experts = f"model.layers.{n}.mlp.experts."
+        layout[experts + "gate_up_proj"] = (Piece("blocks.moe.gate_up", "E,CF,D", n, fused=(0, 2)),)
+        layout[experts + "down_proj"] = (Piece("blocks.moe.down", "E,D,F", n),)
+    return layout
+
+
+def is_packed(names: Container[str]) -> bool:
+    """Whether a checkpoint with these tensors has them named as `huggingface_packed` does."""
+    return "model.layers.0.mlp.experts.gate_up_proj" in names
+
+
 def olmo_trainer(config: DecoderConfig) -> Layout:
-    """Names of github.com/allenai/OLMo: attention fused as [q; k; v], feed-forward as [up;
-    gate].
+    """Names of github.com/allenai/OLMo: attention fused as [q; k; v], feed-forward as [up; gate].
+
+    With experts those of its branch that trained OLMoE: w1 (gate), v1 (up) and w2 (down, stored
+    transposed) of all experts one after the other.
     """
     layout: Layout = {"transformer.wte.weight": (Piece("embedder.embedding", "V,D"),)}
     for n in range(config.n_layers):
@@ -137,16 +182,28 @@ def olmo_trainer(config: DecoderConfig) -> Layout:
             "att_proj": (_q(config, n), _k(config, n), _v(config, n)),
             "attn_out": (Piece("blocks.attention.out", "D,KGH", n),),
             "attn_norm": (Piece("blocks.attention_norm.scale", "D", n),),
-            "ff_proj": (_up(n), _gate(n)),
-            "ff_out": (Piece("blocks.mlp.down", "D,F", n),),
             "ff_norm": (Piece("blocks.mlp_norm.scale", "D", n),),
         }
+        if config.moe is None:
+            layer |= {
+                "ff_proj": (_up(n), _gate(n)),
+                "ff_out": (Piece("blocks.mlp.down", "D,F", n),),
+            }
+        else:
+            layer["ffn.router.layer"] = (Piece("blocks.moe.router", "E,D", n),)
         if config.qk_norm == "full":
             layer["q_norm"] = (Piece("blocks.attention.q_norm.scale", "KGH", n),)
             layer["k_norm"] = (Piece("blocks.attention.k_norm.scale", "KH", n),)
         layout |= {
             f"transformer.blocks.{n}.{name}.weight": pieces for name, pieces in layer.items()
         }
+        if config.moe is not None:
+            experts = f"transformer.blocks.{n}.ffn.experts.mlp."
+            layout |= {
+                experts + "w1": (Piece("blocks.moe.gate_up", "EF,D", n, fused=(0, 1)),),
+                experts + "v1": (Piece("blocks.moe.gate_up", "EF,D", n, fused=(1, 1)),),
+                experts + "w2": (Piece("blocks.moe.down", "EF,D", n),),
+            }
     layout["transformer.ln_f.weight"] = (Piece("final_norm.scale", "D"),)
     if not config.tie_embeddings:
         layout["transformer.ff_out.weight"] = (Piece("head.kernel", "V,D"),)
@@ -181,6 +238,7 @@ def olmo_core(config: DecoderConfig) -> Layout:
 
 LAYOUTS: dict[str, Callable[[DecoderConfig], Layout]] = {
     "huggingface": huggingface,
+    "huggingface_packed": huggingface_packed,
     "olmo_trainer": olmo_trainer,
     "olmo_core": olmo_core,
 }

@@ -84,7 +84,8 @@ def load_model(
             for path, leaf in nnx.to_flat_state(param_shardings(abstract, mesh))
         }
     with TensorFiles(found.directory) as files:
-        names = layout.LAYOUTS[found.kind](config)
+        packed = "_packed" if layout.is_packed(files.infos) else ""
+        names = layout.LAYOUTS[found.kind + packed](config)
         check_tensors(files, names, config)
         assembly = Assembly(config, param_dtype, shardings)
         for name, pieces in tqdm(

@@ -10,7 +10,7 @@ from typing import Any
 
 from olmax.errors import UserError
 from olmax.interop.keys import Keys
-from olmax.models.config import DecoderConfig
+from olmax.models.config import DecoderConfig, MoEConfig
 
 
 def from_olmo_trainer(values: Mapping[str, Any], file: str = "config.yaml") -> DecoderConfig:
@@ -23,7 +23,8 @@ def from_olmo_trainer(values: Mapping[str, Any], file: str = "config.yaml") -> D
     """
     keys = Keys(values, file).child("model")
     keys.require("activation_type", "swiglu", default="swiglu")
-    keys.require("block_type", "sequential", "llama", default="sequential")
+    keys.require("block_type", "sequential", "llama", "moe", default="sequential")
+    moe = _trainer_experts(keys) if keys.get("block_type") == "moe" else None
     keys.require("layer_norm_type", "rms", default="default")
     keys.require("layer_norm_with_affine", True, default=True)
     keys.require("rope", True, default=False)
@@ -71,6 +72,7 @@ def from_olmo_trainer(values: Mapping[str, Any], file: str = "config.yaml") -> D
         norm_eps=keys.number("layer_norm_eps", 1e-5),
         rope_theta=keys.number("rope_theta", 10_000.0),
         tie_embeddings=keys.flag("weight_tying", True),
+        moe=moe,
     )
     keys.skip(
         "alibi_bias_max", "block_group_size", "emb_init_std", "eos_token_id", "flash_attention",
@@ -79,6 +81,24 @@ def from_olmo_trainer(values: Mapping[str, Any], file: str = "config.yaml") -> D
     )  # fmt: skip
     keys.refuse_unread()
     return config
+
+
+def _trainer_experts(keys: Keys) -> MoEConfig:
+    """The `moe_*` keys of the branch that trained OLMoE, with the defaults of its `ModelConfig`."""
+    keys.require("moe_dropless", True, default=True)
+    keys.require("moe_interleave", False, default=False)
+    # A shared expert of that branch is weighed inside megablocks; no checkpoint of it is known.
+    keys.require("moe_shared_expert", False, default=False)
+    keys.require("norm_after", False, default=False)
+    keys.skip(
+        "moe_capacity_factor", "moe_lbl_in_fp32", "moe_log_expert_assignment", "moe_loss_weight",
+        "moe_mlp_impl", "moe_zloss_weight",
+    )  # fmt: skip
+    experts = keys.integer("moe_num_experts", 8)
+    chosen = keys.integer("moe_top_k", 2)
+    if chosen > experts:
+        raise keys.error("moe_top_k", f"is more than moe_num_experts {experts}")
+    return MoEConfig(experts, chosen)
 
 
 def from_olmo_core(values: Mapping[str, Any], file: str = "config.json") -> DecoderConfig:

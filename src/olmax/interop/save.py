@@ -209,8 +209,11 @@ def _extract(array: jax.Array, piece: Piece, config: DecoderConfig) -> np.ndarra
     """The stored tensor of a piece, on the host, in the parameter's dtype."""
     axes = layout.PARAMETERS[piece.param]
     starts, counts = [], []
+    chosen = {"N": (piece.layer or 0, 1), "C": piece.fused}
+    if piece.expert is not None:
+        chosen["E"] = (piece.expert, 1)
     for letter, size in zip(axes, array.shape, strict=True):
-        start, count = {"N": (piece.layer or 0, 1), "C": piece.fused}.get(letter, (0, size))
+        start, count = chosen.get(letter, (0, size))
         starts.append(np.int32(start))
         counts.append(count)
     part = _slice(
