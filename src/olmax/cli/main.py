@@ -22,7 +22,9 @@ from olmax.cli.merge import Merge
 from olmax.cli.mixes import Mixes
 from olmax.cli.plan import Plan
 from olmax.cli.prepare import Prepare
+from olmax.cli.routing import Routing
 from olmax.cli.score import Score
+from olmax.cli.upcycle import Upcycle
 from olmax.errors import UserError
 
 VERBS: dict[str, type] = {
@@ -35,7 +37,9 @@ VERBS: dict[str, type] = {
     "mixes": Mixes,
     "plan": Plan,
     "prepare": Prepare,
+    "routing": Routing,
     "score": Score,
+    "upcycle": Upcycle,
 }
 
 
