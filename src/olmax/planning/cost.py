@@ -269,7 +269,7 @@ def part_of(read: program.Program, instruction: program.Instruction) -> str:
             return "embedding"
         if function.startswith("Attention."):
             return "attention projections"
-        if function.startswith("MLP."):
+        if function.startswith(("MLP.", "MoE.")):
             return "MLP"
         if function.startswith("Block."):
             return "norms and residuals"

@@ -147,6 +147,8 @@ def plan(
         compute_dtype="bfloat16",
         remat=remat,  # pyright: ignore[reportArgumentType]
         attention=attention_implementation(config, sequence_length, on),
+        # The only one whose time the compiler knows; as above, the choice there asks the backend.
+        experts="ragged" if config.moe is not None else None,
         loss="chunked",
     )
     tokens_per_step = batch_size * sequence_length
@@ -303,8 +305,11 @@ def part_totals(
 def forward_flops(config: DecoderConfig) -> dict[str, int]:
     """FLOPs per token of the weight products of each part, forward."""
     attention = config.d_model * config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
+    feed_forward = 3 * config.d_model * config.active_d_ff
+    if config.moe is not None:
+        feed_forward += config.d_model * config.moe.n_experts
     return {
         "attention projections": 2 * config.n_layers * attention,
-        "MLP": 2 * config.n_layers * 3 * config.d_model * config.d_ff,
+        "MLP": 2 * config.n_layers * feed_forward,
         "head and loss": 2 * config.d_model * config.vocab_size,
     }

@@ -150,13 +150,15 @@ def _estimate(
         activation = 2 * tokens * config.d_model
         links += config.n_layers * 6 * 2 * activation / bandwidth(mesh.tensor)
     micro = tokens / accumulation
-    widest = max(2 * config.d_ff, config.d_model + 2 * config.n_kv_heads * config.head_dim)
+    # All experts of a layer are gathered, although a token meets a few of them.
+    layer_d_ff = config.d_ff * (config.moe.n_experts if config.moe else 1)
+    widest = max(2 * config.active_d_ff, config.d_model + 2 * config.n_kv_heads * config.head_dim)
     memory = (
         12 * held
         + 4 * held
         + 2 * micro * config.d_model * config.n_layers
         + 3 * 2 * micro * widest / mesh.tensor
-        + 3 * 2 * config.d_model * config.d_ff * 3 / mesh.tensor
+        + 3 * 2 * config.d_model * layer_d_ff * 3 / mesh.tensor
         + 6 * config.vocab_size * config.d_model / mesh.tensor
         + 2 * 4 * min(micro, 1024) * config.vocab_size / mesh.tensor
     )
