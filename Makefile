@@ -7,7 +7,7 @@ PEERS_PYTHON ?= python3.11
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup run test test-all lint format bench bench-kernels peers golden clean
+.PHONY: setup run test test-all lint format bench bench-kernels bench-moe peers golden clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,9 @@ bench: setup peers
 # Compiles the TPU kernels with libtpu and reads their schedules; needs no TPU.
 bench-kernels: setup
 	$(BIN)/python -m kernels_pallas.benchmark
+
+bench-moe: setup peers
+	$(BIN)/python -m experiments.olmoe.benchmark
 
 # The reference implementations run in an environment of their own: Python 3.11, CPU torch, transformers.
 peers: $(PEERS)/.installed
