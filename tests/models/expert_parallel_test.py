@@ -97,5 +97,5 @@ def test_rows_reach_the_device_of_their_expert_and_come_back():
 
 def test_a_mesh_that_does_not_divide_the_experts_is_an_error():
     config = dataclasses.replace(CONFIG, moe=MoEConfig(6, 2))
-    with pytest.raises(UserError, match="expert=4 does not divide moe.n_experts=6"):
+    with pytest.raises(UserError, match=r"expert=4 does not divide moe\.n_experts=6"):
         sharding.check_divisible(config, sharding.make_mesh("expert=4,fsdp=2"))
