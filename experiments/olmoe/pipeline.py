@@ -215,7 +215,7 @@ class _Pipeline:
                 write_json(self.directory / EVALUATION / f"{name}.json", found)
 
     def _routing(self) -> None:
-        from olmax.routing import analysis, collect
+        from olmax.routing import analysis, collect, windows
 
         documents = self._held_out()
         settings = {"tokens": self.recipe.evaluation.routing_tokens}
@@ -228,15 +228,15 @@ class _Pipeline:
             corpus = self.recipe.corpus
             assert corpus is not None
             documents = held_out_documents(corpus)
-            windows = collect.windows(
+            cut = windows(
                 tokenizer,
                 documents,
                 length=self.recipe.train.seq_len,
                 tokens=self.recipe.evaluation.routing_tokens,
             )
-            final = collect.collect(self._model(self.directory / MAIN), windows)
+            final = collect(self._model(self.directory / MAIN), cut)
             earlier = {
-                f"{percent} %": collect.collect(self._model(path), windows)
+                f"{percent} %": collect(self._model(path), cut)
                 for percent, path in self._checkpoints().items()
             }
             found = analysis.analyse(
@@ -283,7 +283,13 @@ class _Pipeline:
 
 def _by_document(model: Decoder, tokenizer: Tokenizer, source: str, texts: list[str]):
     """Perplexity of each document, so that two models can be compared pair by pair."""
-    found = perplexity(model, tokenizer, {f"{source} {i}": [t] for i, t in enumerate(texts)})
+    found = perplexity(
+        model,
+        tokenizer,
+        {f"{source} {i}": [text] for i, text in enumerate(texts)},
+        # Tokens of a long document have at least half a context before them.
+        stride=model.config.max_seq_len // 2,
+    )
     return list(found.values())
 
 

@@ -18,23 +18,39 @@ SMALL = dataclasses.replace(
     vocab_size=40,
 )  # fmt: skip
 RNG = np.random.default_rng(0)
-X_BLD = RNG.standard_normal((2, 5, 16)).astype(np.float32)
+X_BLD = jnp.asarray(RNG.standard_normal((2, 5, 16)), jnp.float32)
 
 
-def layer(moe: MoEConfig) -> MoE:
-    return MoE(dataclasses.replace(SMALL, moe=moe, init_std=0.5), Execution(), rngs=nnx.Rngs(1))
+# The definitions of the kernels: quick to compile, and what the fast ones are tested against.
+PLAIN = Execution(experts="reference", router="reference")
 
 
-def by_hand(module: MoE, x_TD: np.ndarray) -> np.ndarray:
-    """Every expert on every token, then the weighted sum of the chosen ones, in float64."""
+def layer(moe: MoEConfig, execution: Execution = PLAIN) -> MoE:
+    config = dataclasses.replace(SMALL, moe=moe, init_std=0.5)
+    return nnx.jit(lambda: MoE(config, execution, rngs=nnx.Rngs(1)))()
+
+
+def decoder(moe: MoEConfig) -> Decoder:
+    config = dataclasses.replace(SMALL, moe=moe)
+    return nnx.jit(lambda: Decoder(config, PLAIN, rngs=nnx.Rngs(0)))()
+
+
+@jax.jit
+def apply(module: MoE, *inputs):
+    return module(*inputs)
+
+
+def by_hand(module: MoE, x_BLD) -> np.ndarray:
+    """The chosen experts of every token, weighted and summed, in float64."""
     moe = module.config
+    x_TD = np.asarray(x_BLD, np.float64).reshape(-1, 16)
     router, gate_up, down = (
         np.asarray(w[...], np.float64) for w in (module.router, module.gate_up, module.down)
     )
     p_TE = np.exp(x_TD @ router)
     p_TE /= p_TE.sum(-1, keepdims=True)
     out = np.zeros_like(x_TD)
-    for t, x in enumerate(x_TD.astype(np.float64)):
+    for t, x in enumerate(x_TD):
         chosen = np.argsort(-p_TE[t])[: moe.experts_per_token]
         weights = p_TE[t, chosen]
         if moe.normalize_weights:
@@ -42,15 +58,16 @@ def by_hand(module: MoE, x_TD: np.ndarray) -> np.ndarray:
         for weight, e in zip(weights, chosen, strict=True):
             gate, up = x @ gate_up[e, :, 0], x @ gate_up[e, :, 1]
             out[t] += weight * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
-    return out
+    return out.reshape(x_BLD.shape)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_output_is_the_weighted_sum_of_the_most_likely_experts(normalize):
-    module = layer(MoEConfig(6, 3, normalize_weights=normalize))
-    y_BLD, record = jax.jit(lambda x: module(x))(X_BLD)
-    expected = by_hand(module, X_BLD.reshape(-1, 16)).reshape(X_BLD.shape)
-    np.testing.assert_allclose(y_BLD, expected, atol=2e-5)
+@pytest.mark.parametrize(
+    ("normalize", "execution"), [(False, PLAIN), (True, PLAIN), (False, Execution())]
+)
+def test_output_is_the_weighted_sum_of_the_most_likely_experts(normalize, execution):
+    module = layer(MoEConfig(6, 3, normalize_weights=normalize), execution)
+    y_BLD, record = apply(module, X_BLD)
+    np.testing.assert_allclose(y_BLD, by_hand(module, X_BLD), atol=2e-5)
     experts_Tk = np.asarray(record.experts_BLk).reshape(-1, 3)
     # Dropless: every token has three different experts, and all pairs are counted.
     assert all(len(set(row)) == 3 for row in experts_Tk)
@@ -62,41 +79,39 @@ def test_output_is_the_weighted_sum_of_the_most_likely_experts(normalize):
 def test_one_expert_may_take_everything_and_others_nothing():
     module = layer(MoEConfig(6, 1))
     # Whatever the token, expert 2 wins: all its inputs are positive.
-    x_BLD = np.abs(X_BLD)
+    x_BLD = jnp.abs(X_BLD)
     module.router[...] = jnp.zeros((16, 6)).at[:, 2].set(5.0)
-    y_BLD, record = module(x_BLD)
+    y_BLD, record = apply(module, x_BLD)
     assert record.statistics.counts_SE.tolist() == [[0, 0, 10, 0, 0, 0]]
-    expected = by_hand(module, x_BLD.reshape(-1, 16)).reshape(x_BLD.shape)
-    np.testing.assert_allclose(y_BLD, expected, atol=2e-5)
+    np.testing.assert_allclose(y_BLD, by_hand(module, x_BLD), atol=2e-5)
 
 
 def test_padding_goes_nowhere():
     module = layer(MoEConfig(6, 2))
     valid_BL = np.arange(5)[None] < np.array([[5], [3]])
-    y_BLD, record = module(X_BLD, jnp.asarray(valid_BL))
-    whole_BLD, _ = module(X_BLD)
+    y_BLD, record = apply(module, X_BLD, jnp.asarray(valid_BL))
+    y_BLD, whole_BLD = np.asarray(y_BLD), np.asarray(apply(module, X_BLD)[0])
     np.testing.assert_allclose(y_BLD[valid_BL], whole_BLD[valid_BL], atol=1e-6)
-    assert not np.asarray(y_BLD[~valid_BL]).any()
+    assert not y_BLD[~valid_BL].any()
     assert record.statistics.counts_SE.sum() == 2 * 8 and record.statistics.tokens_S == 8
 
 
 def test_shared_expert_is_added_to_every_token():
     module = layer(MoEConfig(6, 2, shared_d_ff=8))
-    y_BLD, _ = module(X_BLD)
-    routed = by_hand(module, X_BLD.reshape(-1, 16)).reshape(X_BLD.shape)
-    np.testing.assert_allclose(y_BLD - module.shared(jnp.asarray(X_BLD)), routed, atol=2e-5)
+    y_BLD, shared_BLD = apply(module, X_BLD)[0], jax.jit(lambda m, x: m.shared(x))(module, X_BLD)
+    np.testing.assert_allclose(y_BLD - shared_BLD, by_hand(module, X_BLD), atol=2e-5)
 
 
 def test_experts_choose_their_tokens():
     module = layer(MoEConfig(5, 2, routing="expert_choice"))
-    y_BLD, record = module(X_BLD)
+    y_BLD, record = apply(module, X_BLD)
     # Two of every sequence's five tokens an expert.
     assert record.statistics.counts_SE.tolist() == [[4] * 5] and record.experts_BLk is None
     router, gate_up, down = (
         np.asarray(w[...], np.float64) for w in (module.router, module.gate_up, module.down)
     )
     expected = np.zeros(X_BLD.shape)
-    for b, x_LD in enumerate(X_BLD.astype(np.float64)):
+    for b, x_LD in enumerate(np.asarray(X_BLD, np.float64)):
         p_LE = np.exp(x_LD @ router)
         p_LE /= p_LE.sum(-1, keepdims=True)
         for e in range(5):
@@ -109,7 +124,7 @@ def test_experts_choose_their_tokens():
 
 def test_gradients_are_those_of_the_plain_formula():
     moe = MoEConfig(6, 3)
-    module = layer(moe)
+    module = layer(moe, Execution())
     graphdef, state = nnx.split(module)
     target = jnp.asarray(RNG.standard_normal(X_BLD.shape), jnp.float32)
 
@@ -154,7 +169,7 @@ def test_presets_have_their_counts_and_the_same_active_width(name):
 
 
 def test_initialisation_is_a_normal_cut_at_three_deviations():
-    module = MoE(get_preset("olmoe-tiny"), Execution(), rngs=nnx.Rngs(0))
+    module = nnx.jit(lambda: MoE(get_preset("olmoe-tiny"), Execution(), rngs=nnx.Rngs(0)))()
     for weight in (module.router, module.gate_up, module.down):
         values = np.asarray(weight[...])
         assert np.abs(values).max() <= 0.06
@@ -162,23 +177,23 @@ def test_initialisation_is_a_normal_cut_at_three_deviations():
 
 
 def test_decoding_with_a_cache_gives_the_same_hidden_states():
-    model = Decoder(dataclasses.replace(SMALL, moe=MoEConfig(6, 2)), rngs=nnx.Rngs(0))
+    model = decoder(MoEConfig(6, 2))
     tokens_BL = jnp.asarray(RNG.integers(0, 40, (1, 6)), jnp.int32)
-    whole = model.hidden(tokens_BL)
+    whole = jax.jit(lambda model, tokens: model.hidden(tokens))(model, tokens_BL)
     cache = init_cache(model.config, 1, 6)
+
+    @jax.jit
+    def decode(model, token_BL, cache, position_BL):
+        ones = jnp.ones((1, 1), jnp.int32)
+        return model.decode(token_BL, cache, positions_BL=position_BL, segment_ids_BL=ones)
+
     for i in range(6):
-        hidden, cache = model.decode(
-            tokens_BL[:, i : i + 1],
-            cache,
-            positions_BL=jnp.full((1, 1), i),
-            segment_ids_BL=jnp.ones((1, 1), jnp.int32),
-        )
+        hidden, cache = decode(model, tokens_BL[:, i : i + 1], cache, jnp.full((1, 1), i))
         np.testing.assert_allclose(hidden[:, 0], whole[:, i], atol=1e-5)
 
 
 def test_expert_choice_refuses_to_generate():
-    moe = MoEConfig(4, 2, routing="expert_choice")
-    model = Decoder(dataclasses.replace(SMALL, moe=moe), rngs=nnx.Rngs(0))
+    model = decoder(MoEConfig(4, 2, routing="expert_choice"))
     one = jnp.ones((1, 1), jnp.int32)
     with pytest.raises(UserError, match="cannot generate"):
         model.decode(one, init_cache(model.config, 1, 4), positions_BL=one, segment_ids_BL=one)

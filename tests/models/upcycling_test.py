@@ -21,12 +21,13 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 7)), jnp.int32
 
 @pytest.fixture(scope="module")
 def dense():
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))()
 
 
 def test_with_normalised_weights_it_computes_what_the_dense_model_does(dense):
     sparse = upcycle(dense, MoEConfig(4, 2, normalize_weights=True))
-    np.testing.assert_allclose(sparse(TOKENS), dense(TOKENS), atol=2e-5)
+    logits = jax.jit(lambda model: model(TOKENS))
+    np.testing.assert_allclose(logits(sparse), logits(dense), atol=2e-5)
 
 
 def test_without_them_each_block_is_scaled_by_the_chosen_probabilities(dense):
@@ -40,7 +41,7 @@ def test_without_them_each_block_is_scaled_by_the_chosen_probabilities(dense):
     )
     weights_BLk, _ = jax.lax.top_k(jax.nn.softmax(x_BLD @ moe.router[...]), 2)
     expected = mlp(x_BLD) * weights_BLk.sum(-1, keepdims=True)
-    np.testing.assert_allclose(moe(x_BLD)[0], expected, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(lambda x: moe(x)[0])(x_BLD), expected, atol=2e-5)
 
 
 def test_a_shared_expert_is_another_copy(dense):
@@ -64,7 +65,8 @@ def test_noise_replaces_that_share_of_the_entries(dense):
 
 def test_the_router_is_an_untruncated_normal(dense):
     wide = dataclasses.replace(CONFIG, d_model=256, n_heads=2, n_kv_heads=2, head_dim=128)
-    sparse = upcycle(Decoder(wide, rngs=nnx.Rngs(0)), MoEConfig(64, 2))
+    model = nnx.jit(lambda: Decoder(wide, rngs=nnx.Rngs(0)))()
+    sparse = upcycle(model, MoEConfig(64, 2))
     router = np.asarray(sparse.blocks.moe.router[...])
     assert router.std() == pytest.approx(0.02, rel=0.02) and np.abs(router).max() > 0.06
 

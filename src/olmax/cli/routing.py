@@ -57,15 +57,13 @@ class Routing:
 
         from olmax.reporting.document import Report
         from olmax.reporting.files import environment, write_json
-        from olmax.routing import analysis, collect, report
+        from olmax.routing import analysis, collect, report, windows
 
         window = min(self.window, model.config.max_seq_len)
-        corpus = collect.windows(tokenizer, self._documents(), length=window, tokens=self.tokens)
+        corpus = windows(tokenizer, self._documents(), length=window, tokens=self.tokens)
 
         def routes(model):
-            return collect.collect(
-                model, corpus, batch_tokens=self.batch_tokens, mesh=mesh, progress=True
-            )
+            return collect(model, corpus, batch_tokens=self.batch_tokens, mesh=mesh, progress=True)
 
         final = routes(model.model)
         earlier = {}

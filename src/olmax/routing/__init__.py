@@ -1,6 +1,6 @@
 """What the routers of a mixture of experts do with text: specs/olmoe.md section 4."""
 
-from olmax.routing.collect import Routes, collect
+from olmax.routing.routes import Routes, collect, windows
 from olmax.routing.statistics import (
     coactivation,
     domain_specialization,
@@ -17,4 +17,5 @@ __all__ = [
     "expert_load",
     "saturation",
     "vocabulary_specialization",
+    "windows",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from olmax.errors import UserError
-from olmax.routing.collect import Routes
+from olmax.routing.routes import Routes
 from olmax.routing.statistics import (
     busiest_pairs,
     coactivation,

@@ -10,11 +10,10 @@ from flax import nnx
 
 from olmax.data.tokenizer import train_bpe
 from olmax.errors import UserError
-from olmax.models import Decoder, MoEConfig, get_preset
+from olmax.models import Decoder, Execution, MoEConfig, get_preset
 from olmax.reporting.document import Report
-from olmax.routing import collect
+from olmax.routing import collect, windows
 from olmax.routing.analysis import analyse
-from olmax.routing.collect import windows
 from olmax.routing.report import saturation_table, sections
 
 CONFIG = dataclasses.replace(
@@ -22,6 +21,11 @@ CONFIG = dataclasses.replace(
     vocab_size=300, max_seq_len=16, moe=MoEConfig(6, 2), init_std=0.3,
 )  # fmt: skip
 TEXTS = {"code": ["def f(x):\n    return x + 1\n" * 6], "prose": ["The cat sat on the mat. " * 8]}
+
+
+def made(seed: int, config=CONFIG) -> Decoder:
+    execution = Execution(experts="reference", router="reference")
+    return nnx.jit(lambda: Decoder(config, execution, rngs=nnx.Rngs(seed)))()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def corpus(tokenizer):
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(CONFIG, rngs=nnx.Rngs(0))
+    return made(0)
 
 
 def test_windows_are_cut_from_the_concatenated_text(tokenizer, corpus):
@@ -52,15 +56,22 @@ def test_routes_are_the_routers_own(model, corpus):
     routes = collect(model, corpus, batch_tokens=40)
     rows = np.concatenate(list(corpus.values()))
     assert routes.experts_NTk.shape == (2, rows.size, 2)
-    hidden, record = model.hidden_and_routing(jnp.asarray(rows))
-    expected = np.asarray(record.experts_BLk).reshape(2, rows.size, 2)
+
+    @jax.jit
+    def forward(model, tokens_BL):
+        hidden_BLD, record = model.hidden_and_routing(tokens_BL)
+        return record.experts_BLk, model.logits(hidden_BLD)
+
+    experts, logits = forward(model, jnp.asarray(rows))
+    expected = np.asarray(experts).reshape(2, rows.size, 2)
     np.testing.assert_array_equal(routes.experts_NTk, expected)
-    predicted = np.asarray(model.logits(hidden)).argmax(-1)
+    predicted = np.asarray(logits).argmax(-1)
     np.testing.assert_array_equal(routes.predicted_T, predicted.ravel())
     np.testing.assert_array_equal(routes.next_T[:8], [*rows[0, 1:], -1])
     assert len(routes.of(1, "prose")) == corpus["prose"].size
 
 
+@pytest.mark.slow
 def test_routes_do_not_depend_on_the_mesh(model, corpus):
     from olmax import sharding
 
@@ -73,7 +84,7 @@ def test_routes_do_not_depend_on_the_mesh(model, corpus):
 
 def test_analysis_and_its_report(model, corpus, tmp_path):
     routes = collect(model, corpus)
-    other = collect(Decoder(CONFIG, rngs=nnx.Rngs(1)), corpus)
+    other = collect(made(1), corpus)
     found = analyse(routes, earlier={"start": other, "end": routes})
     assert found["layers"] == [0, 1]
     assert found["saturation"]["end"]["k"] == [100, 100]
@@ -91,11 +102,11 @@ def test_analysis_and_its_report(model, corpus, tmp_path):
 
 
 def test_what_cannot_be_analysed_is_an_error(model, corpus):
-    dense = Decoder(dataclasses.replace(CONFIG, moe=None), rngs=nnx.Rngs(0))
+    dense = made(0, dataclasses.replace(CONFIG, moe=None))
     with pytest.raises(UserError, match="is dense"):
         collect(dense, corpus)
     choosing = dataclasses.replace(CONFIG, moe=MoEConfig(6, 2, routing="expert_choice"))
     with pytest.raises(UserError, match="expert_choice"):
-        collect(Decoder(choosing, rngs=nnx.Rngs(0)), corpus)
+        collect(made(0, choosing), corpus)
     with pytest.raises(UserError, match="no layer 7"):
         analyse(collect(model, corpus), layers=[7])
