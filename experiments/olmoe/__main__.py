@@ -12,6 +12,7 @@ from rich.console import Console
 from experiments.olmoe.presets import get_recipe
 from experiments.olmoe.recipe import Recipe
 from olmax import cpu_tuning
+from olmax.cli import options
 from olmax.errors import UserError
 
 Stage = Literal["all", "prepare", "train", "evaluate", "routing", "report", "published"]
@@ -43,18 +44,20 @@ def parse(argv: Sequence[str] | None = None) -> Command:
     """The command line with the preset filled in.
 
     Raises:
-      UserError: unknown preset.
-      SystemExit: status 2 for other mistakes, 0 after --help.
+      UserError: unknown preset, or options that cannot be read.
+      SystemExit: 0 after --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = get_recipe(_preset(argv))
     default = dataclasses.replace(Command(stage="all", recipe=recipe), stage=tyro.MISSING)
-    return tyro.cli(
-        Command,
-        default=default,
-        args=argv,
-        prog="python -m experiments.olmoe",
-        config=(tyro.conf.AvoidSubcommands,),
+    return options.one_line(
+        lambda: tyro.cli(
+            Command,
+            default=default,
+            args=argv,
+            prog="python -m experiments.olmoe",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     )
 
 

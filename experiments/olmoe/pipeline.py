@@ -24,6 +24,7 @@ from experiments.embedded import (
 )
 from experiments.olmoe.recipe import MAIN, Recipe
 from experiments.stages import Stages
+from olmax import sharding
 from olmax.data.prepared import Manifest
 from olmax.data.tokenizer import Tokenizer
 from olmax.errors import UserError
@@ -63,6 +64,11 @@ def run(recipe: Recipe, stage: str, console: Console, *, overwrite: bool = False
             f"stage {stage} runs in one process; on several hosts run train, and the other stages "
             "on one host with the same --run-dir"
         )
+    if stage in ("all", "train"):
+        # Now, and not only after the stages before it.
+        mesh = sharding.make_mesh(recipe.train.mesh)
+        for config in recipe.runs().values():
+            sharding.check_divisible(config.model, mesh)
     with locked(directory) if jax.process_index() == 0 else contextlib.nullcontext():
         if recipe.train.compilation_cache is None:
             jax.config.update("jax_compilation_cache_dir", str(directory.absolute() / COMPILED))

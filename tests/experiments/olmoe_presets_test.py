@@ -97,8 +97,14 @@ def test_overrides_and_mistakes(capsys):
     assert command.recipe.train.objective.router.z == 0.01
     assert command.recipe.train.model.moe.n_experts == 32
     assert command.recipe.variants[0].name == "other"
-    assert main(["all", "--preset", "tyni"]) == 2
-    assert "unknown preset 'tyni'" in capsys.readouterr().err
+    for arguments, said in (
+        (["all", "--preset", "tyni"], "unknown preset 'tyni'"),
+        (["all", "--train.steps", "many"], "train.steps"),
+        (["all", "--train.mesh", "expert=3"], "needs"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
     with pytest.raises(UserError, match="two are called 'moe'"):
         parse(["all", "--variants.0.name", "moe"]).recipe.check()
 
