@@ -193,7 +193,8 @@ def saturation_figure(found: Found) -> Figure:
         for axis, top in zip(axes, ("1", "k"), strict=True):
             values = np.asarray([found["saturation"][name][top] for name in names])
             places = list(range(len(names)))
-            colors = [PALETTE[i % len(PALETTE)] for i in range(values.shape[1])]
+            layers = range(len(found["load"]))
+            colors = [PALETTE[i % len(PALETTE)] for i in layers]
             for layer, color in enumerate(colors):
                 axis.plot(places, values[:, layer], color=color, marker="o", markersize=3)
             random = 100 * (k if top == "k" else 1) / found["n_experts"]
@@ -201,8 +202,8 @@ def saturation_figure(found: Found) -> Figure:
             axis.set_xticks(places, names)
             axis.set_ylim(0, 100)
             axis.set_title(f"Router saturation, top-{k if top == 'k' else 1} (%)")
-            ends = [(places[-1], float(values[-1, n])) for n in range(values.shape[1])]
-            label_lines(axis, [f"layer {n}" for n in range(values.shape[1])], ends, colors)
+            ends = [(places[-1], float(values[-1, n])) for n in layers]
+            label_lines(axis, [f"layer {n}" for n in layers], ends, colors)
         return figure
 
 
