@@ -193,7 +193,8 @@ def test_decoding_with_a_cache_gives_the_same_hidden_states():
 
 
 def test_expert_choice_refuses_to_generate():
-    model = decoder(MoEConfig(4, 2, routing="expert_choice"))
+    config = dataclasses.replace(SMALL, moe=MoEConfig(4, 2, routing="expert_choice"))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     one = jnp.ones((1, 1), jnp.int32)
     with pytest.raises(UserError, match="cannot generate"):
         model.decode(one, init_cache(model.config, 1, 4), positions_BL=one, segment_ids_BL=one)

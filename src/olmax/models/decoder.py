@@ -215,15 +215,15 @@ class Decoder(nnx.Module):
         tokens only. The caller keeps `cache.length + L` within the capacity. `empty` says that the
         cache is, so that a prompt attends to itself alone, in blocks.
         """
-        segments_BS = jax.lax.dynamic_update_slice_in_dim(
-            cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), cache.length, axis=1
-        )
-        cache = dataclasses.replace(cache, segment_ids_BS=segments_BS)
         if self.config.moe is not None and self.config.moe.routing == "expert_choice":
             raise UserError(
                 "this model's experts choose among all tokens of a sequence (expert_choice), later "
                 "ones included, so it cannot generate"
             )
+        segments_BS = jax.lax.dynamic_update_slice_in_dim(
+            cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), cache.length, axis=1
+        )
+        cache = dataclasses.replace(cache, segment_ids_BS=segments_BS)
         output = self.trunk(
             self.embedder(tokens_BL),
             positions_BL=positions_BL,

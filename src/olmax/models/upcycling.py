@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,24 +50,16 @@ def upcycle(
         ".".join(map(str, path)): leaf.get_value()
         for path, leaf in nnx.to_flat_state(nnx.state(dense, nnx.Param))
     }
-    keys = iter(jax.random.split(jax.random.key(seed), 5))
+    keys = jax.random.split(jax.random.key(seed), 3)
     gate_up_NDCF = params.pop("blocks.mlp.gate_up")
     down_NFD = params.pop("blocks.mlp.down")
 
-    def experts(block: jax.Array) -> jax.Array:
-        copies = jnp.repeat(block[:, None], moe.n_experts, axis=1)
-        if not noise:
-            return copies
-        replaced = jax.random.uniform(next(keys), copies.shape) < noise
-        drawn = noise_std * jax.random.normal(next(keys), copies.shape)
-        return jnp.where(replaced, drawn.astype(copies.dtype), copies)
-
     shape = (config.n_layers, config.d_model, moe.n_experts)
-    router_NDE = ROUTER_STD * jax.random.normal(next(keys), shape)
+    router_NDE = ROUTER_STD * jax.random.normal(keys[0], shape)
     params |= {
         "blocks.moe.router": router_NDE.astype(down_NFD.dtype),
-        "blocks.moe.gate_up": experts(gate_up_NDCF),
-        "blocks.moe.down": experts(down_NFD),
+        "blocks.moe.gate_up": _copies(gate_up_NDCF, keys[1], noise_std, moe.n_experts, noise),
+        "blocks.moe.down": _copies(down_NFD, keys[2], noise_std, moe.n_experts, noise),
     }
     if moe.shared_d_ff:
         params |= {
@@ -81,3 +74,15 @@ def upcycle(
         for path, leaf in nnx.to_flat_state(abstract)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _copies(block, key, noise_std, n_experts: int, noise: float) -> jax.Array:
+    """The block of every layer [N, ...] as experts [N, E, ...], a share `noise` drawn anew."""
+    copies = jnp.repeat(block[:, None], n_experts, axis=1)
+    if not noise:
+        return copies
+    which, what = jax.random.split(key)
+    replaced = jax.random.uniform(which, copies.shape) < noise
+    drawn = noise_std * jax.random.normal(what, copies.shape)
+    return jnp.where(replaced, drawn.astype(copies.dtype), copies)
