@@ -135,3 +135,22 @@ def test_overlapped_collectives_cost_only_what_computation_does_not_cover():
     # Computation of another loop body covers nothing.
     apart = [link(1.0, 0, False, "other"), link(0, 0.5, True)]
     assert cost.exposed_seconds(apart) == pytest.approx(1.0)
+
+
+def test_products_of_experts_are_priced_by_their_shapes():
+    """Rows [4096, 128] with 16 matrices [128, 256], and the gradient of the matrices."""
+    layout = "operand_layout_constraints={s32[1]{0}, s32[17]{0}, bf16[4096,128]{1,0}, "
+
+    def seconds(name, result, last, operand_bytes=0):
+        text = f'custom_call_target="tpu_custom_call", {layout}{last}}}, metadata={{}}'
+        call = program.Instruction(name, result, "custom-call", (), text)
+        return kernels.seconds(call, operand_bytes, V5P)
+
+    forward = seconds("ragged-dot-none.6", "f32[4096,256]{1,0}", "bf16[16,128,256]{2,1,0}")
+    gradient = seconds("ragged-dot-none.9", "f32[16,128,256]{2,1,0}", "bf16[4096,256]{1,0}")
+    assert forward == gradient == pytest.approx(2 * 4096 * 128 * 256 / 98e12, rel=0.01)
+    # Few rows: the way of the matrices through HBM decides.
+    slow = seconds("ragged-dot-none.6", "f32[4096,256]{1,0}", "bf16[16,128,256]{2,1,0}", 10**9)
+    assert slow == pytest.approx((10**9 + 4 * 4096 * 256) / V5P.hbm_bandwidth)
+    metadata = seconds("ragged-dot-metadata.2", "(s32[17]{0}, s32[47]{0})", "s32[47]{0}", 64)
+    assert metadata == pytest.approx((64 + 4 * 64) / V5P.hbm_bandwidth)

@@ -180,7 +180,8 @@ def _cost(read, instruction, operand_bytes, times, body, mesh, chip) -> Cost | N
             seconds = kernels.seconds(instruction, operand_bytes, chip)
             if seconds is None:
                 raise UnknownKernel(instruction.name)
-            fields["part"] = "attention kernel"
+            experts = instruction.name.startswith("ragged-dot")
+            fields["part"] = "MLP" if experts else "attention kernel"
             return Cost(**fields, cycles=0, seconds=seconds, source="kernel")
     if instruction.opcode in _FREE:
         return None
