@@ -21,8 +21,9 @@ _RAGGED_DOT_ATTAINS = 98 / 459
 def seconds(call: program.Instruction, operand_bytes: int, chip: Chip) -> float | None:
     """Time of one call on one device; None for a kernel without figures.
 
-    The compiler's ragged-dot (experts), see `_ragged_dot`. Splash attention with a causal mask: tiles on or below the diagonal times the fitted time of a
-    tile, plus its operands' and results' way through HBM.
+    The compiler's ragged-dot (experts): see `_ragged_dot`. Splash attention with a causal mask:
+    tiles on or below the diagonal times the fitted time of a tile, plus its operands' and results'
+    way through HBM.
     """
     if call.name.startswith("ragged-dot"):
         return _ragged_dot(call, operand_bytes, chip)
