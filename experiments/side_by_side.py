@@ -21,12 +21,19 @@ class Side:
     number of runs on its standard input one with the `seconds` of each.
     """
 
-    def __init__(self, command: list[str], threads: int):
+    def __init__(
+        self, command: list[str], threads: int, environment: Mapping[str, str] | None = None
+    ):
         cores = sorted(os.sched_getaffinity(0))[:threads]
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(threads)},
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "OMP_NUM_THREADS": str(threads),
+                **(environment or {}),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -40,11 +47,11 @@ class Side:
             raise UserError(f"benchmark: {self._process.args[1]} ended early; its error is above")
         return json.loads(line)
 
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` runs."""
+    def run(self, steps: int, clock: str = "seconds") -> list[float]:
+        """Seconds of each of `steps` runs (or of another clock that the program reads)."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
-        return self._read()["seconds"]
+        return self._read()[clock]
 
     def close(self) -> None:
         """Ends the process."""

@@ -2,7 +2,8 @@
 
 `experiments/olmo2/benchmark.py` starts it with the shape as one JSON argument, then writes one
 number of steps a line to its standard input and reads back the seconds of every step. The side of
-torch, `peers/torch_step.py`, works the same way.
+torch, `peers/torch_step.py`, works the same way. `experiments/olmo2/ablation.py` adds fields that
+switch single settings off.
 """
 
 import json
@@ -16,7 +17,10 @@ from olmax import cpu_tuning
 
 def main() -> None:
     """Serves timing requests until standard input ends."""
-    cpu_tuning.apply()
+    shape = json.loads(sys.argv[1])
+    cpu_tuning.set_xla_flags()
+    if shape.get("keep_freed_memory", True):
+        cpu_tuning.keep_freed_memory()
     import jax
     import jaxlib
 
@@ -26,7 +30,6 @@ def main() -> None:
     from olmax.training.schedules import ScheduleConfig
     from olmax.training.step import make_train_step
 
-    shape = json.loads(sys.argv[1])
     config = DecoderConfig(
         d_model=shape["d_model"],
         n_layers=shape["n_layers"],
@@ -37,7 +40,9 @@ def main() -> None:
         vocab_size=shape["vocab_size"],
         max_seq_len=shape["seq_len"],
     )
-    execution = Execution(compute_dtype=shape["dtype"], unroll_layers=True)
+    execution = Execution(
+        **{"compute_dtype": shape["dtype"], "unroll_layers": True, **shape.get("execution", {})}
+    )
     training = make_train_step(
         lambda rngs: Decoder(config, execution, rngs=rngs),
         NextToken(),
@@ -61,13 +66,19 @@ def main() -> None:
     }
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
-        seconds = []
+        seconds, processor_seconds = [], []
         for _ in range(int(line)):
-            start = time.perf_counter()
+            start, processor_start = time.perf_counter(), time.process_time()
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - start)
-        print(json.dumps({"seconds": seconds, "loss": float(metrics["loss"])}), flush=True)
+            processor_seconds.append(time.process_time() - processor_start)
+        answer = {
+            "seconds": seconds,
+            "processor_seconds": processor_seconds,
+            "loss": float(metrics["loss"]),
+        }
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def main_figure(
         axes[0].patch.set_visible(False)
         x, y = series(pretrain, "learning_rate")
         rate.annotate(
-            "learning rate", (x[len(x) // 4], 0.35 * y[len(x) // 4]), fontsize=8, color=GREY,
+            "learning rate", (0.28 * x[-1], 0.35 * y[len(x) // 4]), fontsize=8, color=GREY,
         )  # fmt: skip
         _bits_panel(axes[1], results, labels)
         _answers_panel(axes[2], results)
