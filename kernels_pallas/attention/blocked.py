@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.attention import masks
 from kernels_pallas.xla_cpu import row_major, row_max
 
 BLOCK = 128
@@ -29,37 +30,38 @@ MASKED = -1e30
 
 
 def attention(
-    q_BLQH, k_BSKH, v_BSKH, *, causal, scale, q_offset, q_segment_ids, kv_segment_ids
-) -> jax.Array:
-    """See `kernels_pallas.attention.attention`. `q_offset` must be a Python int."""
+    q_BLQH, k_BSKH, v_BSKH, *, shape: masks.Shape, ids: masks.Ids, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.attention.attention`; `q_offset` must be a Python int. Returns the output
+    and the log-sum-exp [B, Q, L].
+    """
     batch, q_len, q_heads, head_dim = q_BLQH.shape
     kv_heads = k_BSKH.shape[2]
     q_BLKGH = q_BLQH.reshape(batch, q_len, kv_heads, q_heads // kv_heads, head_dim)
-    segments = None if q_segment_ids is None else (q_segment_ids, kv_segment_ids)
-    out_BKGLH = _attention(
+    out_BKGLH, lse_BKGL = _attention(
         row_major(jnp.transpose(q_BLKGH, (0, 2, 3, 1, 4))),
         row_major(jnp.swapaxes(k_BSKH, 1, 2)),
         row_major(jnp.swapaxes(v_BSKH, 1, 2)),
-        segments,
-        causal,
+        ids,
+        shape,
         float(scale),
-        q_offset,
     )
-    return jnp.transpose(out_BKGLH, (0, 3, 1, 2, 4)).reshape(q_BLQH.shape)
+    out_BLQH = jnp.transpose(out_BKGLH, (0, 3, 1, 2, 4)).reshape(q_BLQH.shape)
+    return out_BLQH, lse_BKGL.reshape(batch, q_heads, q_len)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q_BKGLH, k_BKSH, v_BKSH, segments, causal, scale, q_offset):
-    return _forward(q_BKGLH, k_BKSH, v_BKSH, segments, causal, scale, q_offset)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q_BKGLH, k_BKSH, v_BKSH, ids, shape, scale):
+    return _forward(q_BKGLH, k_BKSH, v_BKSH, ids, shape, scale)[0]
 
 
-def _forward(q_BKGLH, k_BKSH, v_BKSH, segments, causal, scale, q_offset):
-    q_len, kv_len = q_BKGLH.shape[3], k_BKSH.shape[2]
+def _forward(q_BKGLH, k_BKSH, v_BKSH, ids, shape, scale):
+    q_len = q_BKGLH.shape[3]
     outputs, lses = [], []
     for start, stop in _blocks(q_len):
         queries = slice(start, stop)
-        keys = slice(0, min(kv_len, stop + q_offset) if causal else kv_len)
-        bias = _bias(queries, keys, segments, causal, q_offset)
+        keys = _keys(queries, shape)
+        bias = _bias(queries, keys, shape, ids)
         v_BKSH_seen = v_BKSH[:, :, keys]
         scores_BKRS = _product(_rows(q_BKGLH[..., queries, :]), k_BKSH[:, :, keys], 3, 3)
         logits_BKGLS = scores_BKRS.reshape(*q_BKGLH.shape[:3], stop - start, -1) * scale
@@ -79,31 +81,35 @@ def _forward(q_BKGLH, k_BKSH, v_BKSH, segments, causal, scale, q_offset):
         sums_BKRH = _product(_rows(weights_BKGLS), v_BKSH_seen, 3, 2)
         out_BKGLH = sums_BKRH.reshape(*q_BKGLH.shape[:3], stop - start, -1)
         outputs.append((out_BKGLH / total_BKGL[..., None]).astype(q_BKGLH.dtype))
-        lses.append(jnp.where(sees_BKGL, top_BKGL + jnp.log(total_BKGL), 0.0))
-    out_BKGLH = _join(outputs, axis=3)
-    return out_BKGLH, (q_BKGLH, k_BKSH, v_BKSH, segments, out_BKGLH, _join(lses, axis=3))
+        lses.append(jnp.where(sees_BKGL, top_BKGL + jnp.log(total_BKGL), -jnp.inf))
+    out_BKGLH, lse_BKGL = _join(outputs, axis=3), _join(lses, axis=3)
+    return (out_BKGLH, lse_BKGL), (q_BKGLH, k_BKSH, v_BKSH, ids, out_BKGLH, lse_BKGL)
 
 
-def _backward(causal, scale, q_offset, residuals, d_out_BKGLH):
-    q_BKGLH, k_BKSH, v_BKSH, segments, out_BKGLH, lse_BKGL = residuals
-    q_len, kv_len, dtype = q_BKGLH.shape[3], k_BKSH.shape[2], q_BKGLH.dtype
+def _backward(shape, scale, residuals, cotangents):
+    q_BKGLH, k_BKSH, v_BKSH, ids, out_BKGLH, lse_BKGL = residuals
+    d_out_BKGLH, d_lse_BKGL = cotangents
+    kv_len, dtype = k_BKSH.shape[2], q_BKGLH.dtype
     lead = q_BKGLH.shape[:2]
     d_out_BKGLH = row_major(d_out_BKGLH)
     delta_BKGL = jnp.sum(d_out_BKGLH.astype(jnp.float32) * out_BKGLH.astype(jnp.float32), axis=-1)
+    delta_BKGL = delta_BKGL - d_lse_BKGL
+    # Hidden scores are far below any finite value, so their weights are 0.
+    lse_BKGL = jnp.where(jnp.isneginf(lse_BKGL), 0.0, lse_BKGL)
     lse_BKGL, delta_BKGL = jax.lax.optimization_barrier((lse_BKGL, delta_BKGL))
     k_BKHS = row_major(jnp.swapaxes(k_BKSH, 2, 3))
     dq_BKHGL = jnp.zeros((*lead, k_BKSH.shape[3], *q_BKGLH.shape[2:4]), jnp.float32)
     dks, dvs = [], []
     for start, stop in _blocks(kv_len):
         keys = slice(start, stop)
-        queries = slice(min(q_len, max(0, start - q_offset)) if causal else 0, q_len)
-        if queries.start == q_len:
+        queries = _queries(keys, shape)
+        if queries.start >= queries.stop:
             dks.append(jnp.zeros_like(k_BKSH[:, :, keys]))
             dvs.append(dks[-1])
             continue
-        shape_BKSGL = (*lead, stop - start, q_BKGLH.shape[2], q_len - queries.start)
+        shape_BKSGL = (*lead, stop - start, q_BKGLH.shape[2], queries.stop - queries.start)
         q_BKRH, d_out_BKRH = _rows(q_BKGLH[..., queries, :]), _rows(d_out_BKGLH[..., queries, :])
-        bias = _bias(queries, keys, segments, causal, q_offset)
+        bias = _bias(queries, keys, shape, ids)
         scores_BKSR = _product(k_BKSH[:, :, keys], q_BKRH, 3, 3)
         logits_BKSGL = scores_BKSR.reshape(shape_BKSGL) * scale
         if bias is not None:
@@ -123,8 +129,8 @@ def _backward(causal, scale, q_offset, residuals, d_out_BKGLH):
         part_BKHGL = part_BKHR.reshape(*lead, -1, *shape_BKSGL[3:])
         dq_BKHGL = dq_BKHGL.at[..., queries].add(part_BKHGL)
     dq_BKGLH = jnp.transpose(dq_BKHGL, (0, 1, 3, 4, 2)).astype(dtype)
-    d_segments = jax.tree.map(lambda ids: np.zeros(ids.shape, jax.dtypes.float0), segments)
-    return dq_BKGLH, _join(dks, axis=2), _join(dvs, axis=2), d_segments
+    d_ids = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), ids)
+    return dq_BKGLH, _join(dks, axis=2), _join(dvs, axis=2), d_ids
 
 
 _attention.defvjp(_forward, _backward)
@@ -136,21 +142,42 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _bias(queries: slice, keys: slice, segments, causal: bool, q_offset: int):
-    """float32, 0 where a query sees a key and MASKED elsewhere: [1, L, S], or [B, 1, 1, L, S]
-    with segments. None when it sees all.
+def _keys(queries: slice, shape: masks.Shape) -> slice:
+    """The range of keys that any of these queries may see by their positions; at least one key."""
+    first, last = queries.start + shape.q_offset, queries.stop - 1 + shape.q_offset
+    start, stop = 0, shape.kv_len
+    if shape.causal:
+        stop = min(stop, last + 1)
+    if shape.window is not None:
+        start = max(start, first - shape.window + 1)
+        if not shape.causal:
+            stop = min(stop, last + shape.window)
+    start = min(start, shape.kv_len - 1)
+    return slice(start, max(stop, start + 1))
+
+
+def _queries(keys: slice, shape: masks.Shape) -> slice:
+    """The range of queries that may see any of these keys by their positions; may be empty."""
+    first, last = keys.start - shape.q_offset, keys.stop - 1 - shape.q_offset
+    start, stop = 0, shape.q_len
+    if shape.causal:
+        start = max(start, first)
+    if shape.window is not None:
+        stop = min(stop, last + shape.window)
+        if not shape.causal:
+            start = max(start, first - shape.window + 1)
+    return slice(start, stop)
+
+
+def _bias(queries: slice, keys: slice, shape: masks.Shape, ids: masks.Ids):
+    """float32 [B or 1, 1, 1, L, S], 0 where a query sees a key and MASKED elsewhere. None when it
+    sees all.
     """
-    bias = None
-    if causal and keys.stop - 1 > queries.start + q_offset:
-        q_position = np.arange(queries.start, queries.stop)[:, None] + q_offset
-        hidden = np.arange(keys.start, keys.stop)[None, :] > q_position
-        bias = np.where(hidden, np.float32(MASKED), np.float32(0))[None]
-    if segments is not None:
-        q_ids_BL1 = segments[0][:, queries, None]
-        same = (q_ids_BL1 == segments[1][:, None, keys]) & (q_ids_BL1 != 0)
-        apart = jnp.where(same, 0.0, MASKED)[:, None, None]
-        bias = apart if bias is None else jnp.minimum(apart, bias)
-    return bias
+    seen = masks.dense(shape, ids, queries, keys)
+    if seen is None:
+        return None
+    where = np.where if isinstance(seen, np.ndarray) else jnp.where
+    return where(seen, np.float32(0), np.float32(MASKED))[:, None, None]
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -177,7 +177,11 @@ def _blocks(shape: Shape, ids: Ids, q_block: int, kv_block: int):
             _reduce(jnp.where(x == 0, np.iinfo(np.int32).max, x), size, jnp.min)
             for x, size in zip(ids.segments, (q_block, kv_block), strict=True)
         )
-        some = some & _pairs(kv_first, q_high, jnp.less_equal) & _pairs(kv_high, q_first, jnp.greater_equal)
+        some = (
+            some
+            & _pairs(kv_first, q_high, jnp.less_equal)
+            & _pairs(kv_high, q_first, jnp.greater_equal)
+        )
         one = _pairs(kv_low == kv_high, (q_low == q_high) & (q_low != 0), jnp.logical_and)
         every = every & one & _pairs(kv_low, q_low, jnp.equal)
     if ids.subsegments is not None:

@@ -35,7 +35,7 @@ from kernels_pallas.attention.pallas_tpu_parts import (
 if TYPE_CHECKING:
     from kernels_pallas.attention.pallas_tpu import Settings
 
-RESIDENT_BYTES = 16 * 2**20
+RESIDENT_BYTES = 8 * 2**20
 """VMEM for dk and dv of one head in float32."""
 
 
@@ -66,7 +66,8 @@ def backward(q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL, d_out_BLQH, d_lse_B
         dvs.append(dv)
     if len(dqs) == 1:
         return dqs[0], dks[0], dvs[0]
-    return sum(dqs).astype(q_BLQH.dtype), jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1)
+    dq_BLQH = functools.reduce(jnp.add, dqs)
+    return dq_BLQH.astype(q_BLQH.dtype), jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1)
 
 
 def _keys_of(ids: Ids, start: int, stop: int) -> Ids:
@@ -101,9 +102,7 @@ def _part(
     ids = padded_ids(ids, blocks.q, blocks.kv)
     visits = masks.visits(settings.shape, ids, batch, group, blocks.q, blocks.kv)
 
-    q_BQLH, d_out_BQLH = (
-        padded(jnp.swapaxes(x, 1, 2), 2, blocks.q) for x in (q_BLQH, d_out_BLQH)
-    )
+    q_BQLH, d_out_BQLH = (padded(jnp.swapaxes(x, 1, 2), 2, blocks.q) for x in (q_BLQH, d_out_BLQH))
     k_BKSH, v_BKSH = (padded(jnp.swapaxes(x, 1, 2), 2, blocks.kv) for x in (k_BSKH, v_BSKH))
     k_BKHS = last_two_swapped(k_BKSH)
     lse_BQ1L, delta_BQ1L = (padded(x, 2, blocks.q)[:, :, None] for x in (lse_BQL, delta_BQL))
@@ -138,9 +137,7 @@ def _part(
     of_keys = spec((1, 1, padded_kv, head_dim), 2, lambda b, h, k, i, j: (b, k, 0, 0))
     pairs = (len(visits.flags) - 2 * LEAD) * kv_heads * blocks.q * blocks.kv
     dq_BQHL, dk_BKSH, dv_BKSH = pl.pallas_call(
-        functools.partial(
-            _kernel, settings=settings, mask_names=[one.name for one in of_mask]
-        ),
+        functools.partial(_kernel, settings=settings, mask_names=[one.name for one in of_mask]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(kv_heads, visits.count + LEAD),
@@ -175,7 +172,7 @@ def _part(
             jax.ShapeDtypeStruct(v_BKSH.shape, v_BSKH.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * head_dim,

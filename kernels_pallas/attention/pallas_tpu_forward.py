@@ -82,8 +82,16 @@ def forward(q_BLQH, k_BSKH, v_BSKH, ids: masks.Ids, settings: "Settings"):
             grid=(q_heads, visits.count + LEAD),
             in_specs=[
                 spec((1, 1, blocks.q, head_dim), new, lambda h, b, i, j: (b, h, i, 0)),
-                spec((1, 1, blocks.kv, head_dim), new, lambda h, b, i, j: (b, h // group, j, 0)),
-                spec((1, 1, head_dim, blocks.kv), old, lambda h, b, i, j: (b, h // group, 0, j)),
+                spec(
+                    (1, 1, blocks.kv, head_dim),
+                    new,
+                    lambda h, b, i, j: (b, jax.lax.div(h, group), j, 0),
+                ),
+                spec(
+                    (1, 1, head_dim, blocks.kv),
+                    old,
+                    lambda h, b, i, j: (b, jax.lax.div(h, group), 0, j),
+                ),
                 *[one.spec for one in of_mask],
             ],
             out_specs=[
@@ -103,7 +111,7 @@ def forward(q_BLQH, k_BSKH, v_BSKH, ids: masks.Ids, settings: "Settings"):
             rows,
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=32 * 2**20
         ),
         cost_estimate=_cost(q_BQLH, k_BKSH, visits, blocks),
         interpret=settings.interpret,
@@ -208,6 +216,4 @@ def _cost(q_BQLH, k_BKSH, visits: masks.Visits, blocks) -> pl.CostEstimate:
     pairs = (len(visits.flags) - 2 * LEAD) * heads * blocks.q * blocks.kv
     moved = 2 * q_BQLH.size * q_BQLH.dtype.itemsize
     moved += 2 * pairs // blocks.q * head_dim * k_BKSH.dtype.itemsize
-    return pl.CostEstimate(
-        flops=4 * pairs * head_dim, transcendentals=pairs, bytes_accessed=moved
-    )
+    return pl.CostEstimate(flops=4 * pairs * head_dim, transcendentals=pairs, bytes_accessed=moved)

@@ -40,13 +40,14 @@ def padded(x: jax.Array, axis: int, block: int, **how: Any) -> jax.Array:
 
 def padded_ids(ids: Ids, q_block: int, kv_block: int) -> Ids:
     """As `masks.visits` wants them."""
-    sizes = (q_block, kv_block)
     segments, subsegments, mask, q_offset = ids
     if segments is not None:
-        segments = tuple(padded(x, 1, size) for x, size in zip(segments, sizes, strict=True))
+        segments = padded(segments[0], 1, q_block), padded(segments[1], 1, kv_block)
     if subsegments is not None:
-        subsegments = tuple(
-            padded(x, 1, size, mode="edge") for x, size in zip(subsegments, sizes, strict=True)
+        q_ids, kv_ids = subsegments
+        subsegments = (
+            padded(q_ids, 1, q_block, mode="edge"),
+            padded(kv_ids, 1, kv_block, mode="edge"),
         )
     if mask is not None:
         mask = padded(padded(mask, 1, q_block), 2, kv_block)

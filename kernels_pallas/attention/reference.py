@@ -3,32 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-
-def attention_mask(
-    q_len: int,
-    kv_len: int,
-    *,
-    causal: bool,
-    q_offset: jax.Array | int,
-    q_segment_ids: jax.Array | None,
-    kv_segment_ids: jax.Array | None,
-) -> jax.Array | None:
-    """bool, broadcastable to [B, L, S]: which keys a query may see. None when all of them."""
-    mask = None
-    if causal:
-        q_pos = jnp.arange(q_len)[:, None] + q_offset
-        mask = (jnp.arange(kv_len)[None, :] <= q_pos)[None]
-    if q_segment_ids is not None and kv_segment_ids is not None:
-        same = (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]) & (
-            q_segment_ids[:, :, None] != 0
-        )
-        mask = same if mask is None else mask & same
-    return mask
+from kernels_pallas.attention import masks
 
 
-def masked_attention(q_BLQH, k_BSKH, v_BSKH, mask, scale) -> jax.Array:
-    """softmax(scale * q k^T) v under `mask`; rows that may see nothing give zeros. Scores and
-    softmax in float32.
+def attention(
+    q_BLQH, k_BSKH, v_BSKH, *, shape: masks.Shape, ids: masks.Ids, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.attention.attention`. Returns the output and the log-sum-exp [B, Q, L];
+    scores and softmax are float32.
     """
     batch, q_len, q_heads, head_dim = q_BLQH.shape
     kv_heads = k_BSKH.shape[2]
@@ -36,29 +18,18 @@ def masked_attention(q_BLQH, k_BSKH, v_BSKH, mask, scale) -> jax.Array:
     scores_BKGLS = (
         jnp.einsum("blkgh,bskh->bkgls", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     )
-    if mask is not None:
-        mask = mask[:, None, None]
-        scores_BKGLS = jnp.where(mask, scores_BKGLS, -jnp.inf)
+    seen = masks.dense(shape, ids, slice(0, q_len), slice(0, k_BSKH.shape[1]))
+    if seen is not None:
+        scores_BKGLS = jnp.where(seen[:, None, None], scores_BKGLS, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(scores_BKGLS, axis=-1, keepdims=True))
-    weights = jnp.exp(scores_BKGLS - jnp.where(jnp.isfinite(top), top, 0.0))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(scores_BKGLS - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    probabilities = (weights / jnp.where(total == 0, 1.0, total)).astype(v_BSKH.dtype)
+    safe_total = jnp.where(total == 0, 1.0, total)
+    probabilities = (weights / safe_total).astype(v_BSKH.dtype)
     out_BLKGH = jnp.einsum(
         "bkgls,bskh->blkgh", probabilities, v_BSKH, preferred_element_type=jnp.float32
     )
-    return out_BLKGH.reshape(batch, q_len, q_heads, head_dim).astype(q_BLQH.dtype)
-
-
-def attention(
-    q_BLQH, k_BSKH, v_BSKH, *, causal, scale, q_offset, q_segment_ids, kv_segment_ids
-) -> jax.Array:
-    """See `kernels_pallas.attention.attention`."""
-    mask = attention_mask(
-        q_BLQH.shape[1],
-        k_BSKH.shape[1],
-        causal=causal,
-        q_offset=q_offset,
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-    )
-    return masked_attention(q_BLQH, k_BSKH, v_BSKH, mask, scale)
+    lse_BKGL = jnp.where(total == 0, -jnp.inf, top + jnp.log(safe_total))[..., 0]
+    out_BLQH = out_BLKGH.reshape(batch, q_len, q_heads, head_dim).astype(q_BLQH.dtype)
+    return out_BLQH, lse_BKGL.reshape(batch, q_heads, q_len)

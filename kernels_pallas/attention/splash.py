@@ -1,5 +1,5 @@
 """Causal self-attention on TPUs by jax's own splash kernel: blockwise softmax in VMEM, nothing of
-size L x L in HBM, blocks above the diagonal skipped.
+size L x L in HBM, blocks above the diagonal skipped. What `pallas_tpu` is compared with.
 
 It is a per-device program: the compiler cannot cut it over a mesh, so a caller whose arrays are
 sharded calls it inside `jax.shard_map` with batch and heads cut and the sequence whole.
@@ -7,6 +7,8 @@ sharded calls it inside `jax.shard_map` with batch and heads cut and the sequenc
 
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas.attention import masks
 
 LANES = 128
 BLOCK = 512
@@ -30,15 +32,21 @@ def attention(
     k_BSKH,
     v_BSKH,
     *,
-    causal,
-    scale,
-    q_offset,
-    q_segment_ids,
-    kv_segment_ids,
+    shape: masks.Shape,
+    ids: masks.Ids,
+    scale: float,
+    need_lse: bool = False,
     interpret: bool = False,
-) -> jax.Array:
-    """See `kernels_pallas.attention.attention`. `interpret` runs the kernel without a TPU."""
-    reason = unsupported(q_BLQH.shape, k_BSKH.shape, causal=causal, q_offset=q_offset)
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.attention.attention`. The log-sum-exp is empty.
+
+    `interpret` runs the kernel without a TPU.
+    """
+    reason = unsupported(
+        q_BLQH.shape, k_BSKH.shape, causal=shape.causal, q_offset=shape.q_offset or 0
+    )
+    if shape.window is not None or ids.subsegments is not None or ids.mask is not None or need_lse:
+        reason = "takes no window, subsegments, mask or return_lse"
     if reason:
         raise ValueError(f"attention: implementation 'splash' {reason}")
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
@@ -48,16 +56,17 @@ def attention(
     # The kernel takes scores as they are, so the queries carry the scale.
     q_BQLH = jnp.swapaxes(q_BLQH * jnp.asarray(scale, q_BLQH.dtype), 1, 2)
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
-    if q_segment_ids is None:
+    if ids.segments is None:
         out_BQLH = jax.vmap(kernel)(q_BQLH, k_BKSH, v_BKSH)
     else:
-        ids = splash_attention_kernel.SegmentIds(q_segment_ids, kv_segment_ids)
-        out_BQLH = jax.vmap(kernel)(q_BQLH, k_BKSH, v_BKSH, ids)
+        segment_ids = splash_attention_kernel.SegmentIds(*ids.segments)
+        out_BQLH = jax.vmap(kernel)(q_BQLH, k_BKSH, v_BKSH, segment_ids)
     out_BLQH = jnp.swapaxes(jnp.asarray(out_BQLH), 1, 2)
-    if q_segment_ids is None:
-        return out_BLQH
+    no_lse = jnp.zeros((0,), jnp.float32)
+    if ids.segments is None:
+        return out_BLQH, no_lse
     # Inside the kernel padding is a segment like any other and sees itself.
-    return jnp.where((q_segment_ids != 0)[:, :, None, None], out_BLQH, 0)
+    return jnp.where((ids.segments[0] != 0)[:, :, None, None], out_BLQH, 0), no_lse
 
 
 def _kernel(length: int, heads: int, interpret: bool):

@@ -113,7 +113,9 @@ class Attention(nnx.Module):
         implementation = self.execution.attention
         if implementation is None or not isinstance(q_offset, int):
             # Decoding at a place known only at run time is beyond most implementations.
-            implementation = choose(q_BLQH.shape, k_BSKH.shape, causal=True, q_offset=q_offset)
+            implementation = choose(
+                q_BLQH.shape, k_BSKH.shape, causal=True, q_offset=q_offset, dtype=q_BLQH.dtype
+            )
 
         def attend(q_BLKGH, k_BSKH, v_BSKH, *segment_ids):
             batch, length, k, g, h = q_BLKGH.shape

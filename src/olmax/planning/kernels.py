@@ -21,24 +21,31 @@ _RAGGED_DOT_ATTAINS = 98 / 459
 def seconds(call: program.Instruction, operand_bytes: int, chip: Chip) -> float | None:
     """Time of one call on one device; None for a kernel without figures.
 
-    The compiler's ragged-dot (experts): see `_ragged_dot`. Splash attention with a causal mask:
-    tiles on or below the diagonal times the fitted time of a tile, plus its operands' and results'
-    way through HBM.
+    The compiler's ragged-dot (experts): see `_ragged_dot`. Causal attention: tiles on or below the
+    diagonal times the fitted time of a tile, plus its operands' and results' way through HBM. The
+    times are those of jax's splash attention, which have been published. Ours (`attention_forward`,
+    `attention_backward`) have not been measured; the same figures stand for them and are an upper
+    bound by their schedules (0.5 to 0.7 of the bundles on v6e, kernels_pallas/BENCHMARK.md).
     """
     if call.name.startswith("ragged-dot"):
         return _ragged_dot(call, operand_bytes, chip)
-    match = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", call.name)
+    match = re.match(r"splash_m[hq]a_(fwd|dq|dkv)|attention_(forward|backward)", call.name)
     if not match:
         return None
     shapes = [shape for dtype, shape in program.array_shapes(call.type) if len(shape) >= 3]
     *lead, length, width = shapes[0]
-    kind = match[1]
+    kind = match[1] or match[2]
+    if match[2]:
+        # Ours writes its first result with the length last.
+        length, width = width, length
     rate = chip.splash.tile_seconds
     if kind == "dkv":
         # The first result is dk, whose heads are the key heads; tiles go by query heads.
         rate *= chip.splash.backward * _DKV_SHARE
     elif kind == "dq":
         rate *= chip.splash.backward * (1 - _DKV_SHARE)
+    elif kind == "backward":
+        rate *= chip.splash.backward
     side = length / _TILE
     tiles = math.prod(lead) * side * (side + 1) / 2 * (width / 128)
     traffic = (operand_bytes + program.array_bytes(call.type)) / chip.hbm_bandwidth
