@@ -1,5 +1,6 @@
-"""Scaled dot-product attention with causal and segment masks and grouped heads."""
+"""Scaled dot-product attention with causal, window, segment and other masks and grouped heads."""
 
 from kernels_pallas.attention.api import IMPLEMENTATIONS, PER_DEVICE, attention, choose
+from kernels_pallas.attention.ring import ring_attention
 
-__all__ = ["IMPLEMENTATIONS", "PER_DEVICE", "attention", "choose"]
+__all__ = ["IMPLEMENTATIONS", "PER_DEVICE", "attention", "choose", "ring_attention"]

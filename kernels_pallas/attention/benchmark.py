@@ -160,5 +160,5 @@ def rows() -> Iterator[Row]:
                 chip,
                 "temporaries, MiB",
                 program.temp_bytes / 2**20,
-                note=f"arguments and results {(program.argument_bytes + program.output_bytes) / 2**20:.0f}",
+                note=f"{program.argument_bytes + program.output_bytes:,} bytes of arguments and results",
             )

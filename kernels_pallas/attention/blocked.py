@@ -129,8 +129,7 @@ def _backward(shape, scale, residuals, cotangents):
         part_BKHGL = part_BKHR.reshape(*lead, -1, *shape_BKSGL[3:])
         dq_BKHGL = dq_BKHGL.at[..., queries].add(part_BKHGL)
     dq_BKGLH = jnp.transpose(dq_BKHGL, (0, 1, 3, 4, 2)).astype(dtype)
-    d_ids = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), ids)
-    return dq_BKGLH, _join(dks, axis=2), _join(dvs, axis=2), d_ids
+    return dq_BKGLH, _join(dks, axis=2), _join(dvs, axis=2), masks.no_gradient(ids)
 
 
 _attention.defvjp(_forward, _backward)

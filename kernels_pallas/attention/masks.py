@@ -76,6 +76,11 @@ def dense(shape: Shape, ids: Ids, queries: slice, keys: slice) -> jax.Array | np
     return seen
 
 
+def no_gradient(ids: Any) -> Any:
+    """The cotangents of integers."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), ids)
+
+
 class Visits(NamedTuple):
     """The blocks of scores worth computing, in order of sequence, head of the group, block of
     queries and block of keys: int32 [entries] each, and how many of the entries are real.

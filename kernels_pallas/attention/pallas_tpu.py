@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas import targets
 from kernels_pallas.attention import masks
@@ -88,6 +87,38 @@ def attention(
     Args:
       interpret: False compiles for a TPU. True, or `pltpu.InterpretParams`, runs on any platform.
     """
+    settings = _settings(q_BLQH, k_BSKH, shape, scale, interpret, forward_blocks, backward_blocks)
+    return _attention(q_BLQH, k_BSKH, v_BSKH, ids, settings)
+
+
+def gradients(
+    q_BLQH,
+    k_BSKH,
+    v_BSKH,
+    out_BLQH,
+    lse_BQL,
+    d_out_BLQH,
+    *,
+    shape: masks.Shape,
+    ids: Ids,
+    scale: float,
+    interpret: Any = False,
+    backward_blocks: Blocks = BACKWARD_BLOCKS,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk, dv, where the softmax may run over more keys than these: `out_BLQH` and `lse_BQL` are
+    those of all of them.
+    """
+    from kernels_pallas.attention.pallas_tpu_backward import backward
+
+    settings = _settings(q_BLQH, k_BSKH, shape, scale, interpret, FORWARD_BLOCKS, backward_blocks)
+    no_d_lse = jnp.zeros_like(lse_BQL)
+    return backward(q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL, d_out_BLQH, no_d_lse, settings)
+
+
+def _settings(
+    q_BLQH, k_BSKH, shape, scale, interpret, forward_blocks: Blocks, backward_blocks: Blocks
+) -> Settings:
+    """Checks what the kernels can take and where they can run."""
     reason = unsupported(q_BLQH.shape, q_BLQH.dtype)
     if reason:
         raise ValueError(f"attention: implementation 'pallas_tpu' {reason}")
@@ -97,14 +128,13 @@ def attention(
             "a TPU or interpret=True (kernels_pallas.targets.compiling_for compiles ahead of time)"
         )
     lengths = q_BLQH.shape[1], k_BSKH.shape[1]
-    settings = Settings(
+    return Settings(
         shape,
         float(scale),
         forward_blocks.fitted(*lengths),
         backward_blocks.fitted(*lengths),
         interpret,
     )
-    return _attention(q_BLQH, k_BSKH, v_BSKH, ids, settings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -124,11 +154,10 @@ def _backward(settings, residuals, cotangents):
 
     q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL = residuals
     d_out_BLQH, d_lse_BQL = cotangents
-    gradients = pallas_tpu_backward.backward(
+    found = pallas_tpu_backward.backward(
         q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL, d_out_BLQH, d_lse_BQL, settings
     )
-    d_ids = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), ids)
-    return *gradients, d_ids
+    return *found, masks.no_gradient(ids)
 
 
 _attention.defvjp(_forward, _backward)

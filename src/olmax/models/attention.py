@@ -2,6 +2,7 @@
 KV cache.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import PER_DEVICE, attention, choose
+from kernels_pallas.attention import PER_DEVICE, attention, choose, ring_attention
 from kernels_pallas.xla_cpu import apart
 from olmax.models import parameters
-from olmax.models.annotations import annotate, per_device
+from olmax.models.annotations import annotate, mesh_axes, per_device
 from olmax.models.config import DecoderConfig, Execution
 from olmax.models.linear import project
 from olmax.models.norm import RMSNorm
@@ -95,20 +96,17 @@ class Attention(nnx.Module):
                 if kv_segment_ids_BS is not None:
                     kv_segment_ids_BS = kv_segment_ids_BS[:, : q_offset + length]
             k_BLKH, v_BLKH = k_BLKH.astype(q_BLQH.dtype), v_BLKH.astype(q_BLQH.dtype)
-        else:
-            # Under context parallelism queries stay cut along the sequence and every device sees
-            # all keys.
-            k_BLKH = annotate(k_BLKH, ("batch", None, "kv_heads", None))
-            v_BLKH = annotate(v_BLKH, ("batch", None, "kv_heads", None))
 
         if kv_segment_ids_BS is None:
             kv_segment_ids_BS = segment_ids_BL
-        o_BLKGH = self._attend(q_BLQH, k_BLKH, v_BLKH, q_offset, segment_ids_BL, kv_segment_ids_BS)
+        o_BLKGH = self._attend(
+            q_BLQH, k_BLKH, v_BLKH, q_offset, segment_ids_BL, kv_segment_ids_BS, cache is not None
+        )
         o_BLKGH = checkpoint_name(o_BLKGH, "attention_output")
         o_BLKGH = annotate(o_BLKGH, ("batch", "length", "kv_heads", None, None))
         return project(o_BLKGH, self.out[...], contract=3), updated
 
-    def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, q_segment_ids, kv_segment_ids):
+    def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, q_segment_ids, kv_segment_ids, cached):
         """Causal attention by the implementation chosen, per device where it must be."""
         implementation = self.execution.attention
         if implementation is None or not isinstance(q_offset, int):
@@ -131,16 +129,44 @@ class Attention(nnx.Module):
             )
             return o_BLQH.reshape(q_BLKGH.shape)
 
+        axis = mesh_axes("length", q_BLQH.shape[1])
+        ring = implementation == "pallas_tpu" and len(axis) == 1 and not cached
+        length = "length" if ring else None
+        if not cached:
+            # Under context parallelism queries stay cut along the sequence. Without a ring every
+            # device sees all keys.
+            k_BSKH = annotate(k_BSKH, ("batch", length, "kv_heads", None))
+            v_BSKH = annotate(v_BSKH, ("batch", length, "kv_heads", None))
+
         # Grouped, so that query heads are never cut away from their key heads.
         q_BLKGH = q_BLQH.reshape(*q_BLQH.shape[:2], k_BSKH.shape[2], -1, q_BLQH.shape[3])
         arrays = (q_BLKGH, k_BSKH, v_BSKH)
-        axes = [("batch", None, "kv_heads", None, None), *[("batch", None, "kv_heads", None)] * 2]
+        axes = [
+            ("batch", length, "kv_heads", None, None),
+            *[("batch", length, "kv_heads", None)] * 2,
+        ]
         if q_segment_ids is not None:
             arrays += (q_segment_ids, kv_segment_ids)
-            axes += [("batch", None)] * 2
+            axes += [("batch", length)] * 2
+        if ring:
+            return per_device(functools.partial(attend_in_ring, axis_name=axis[0]), axes, *arrays)
         if implementation in PER_DEVICE:
             return per_device(attend, axes, *arrays)
         return attend(*arrays)
+
+
+def attend_in_ring(q_BLKGH, k_BLKH, v_BLKH, *segment_ids, axis_name: str):
+    """Causal self-attention of this device's part of a sequence that is cut along a mesh axis."""
+    batch, length, k, g, h = q_BLKGH.shape
+    o_BLQH = ring_attention(
+        q_BLKGH.reshape(batch, length, k * g, h),
+        k_BLKH,
+        v_BLKH,
+        axis_name=axis_name,
+        axis_size=jax.lax.axis_size(axis_name),
+        segment_ids=segment_ids[0] if segment_ids else None,
+    )
+    return o_BLQH.reshape(q_BLKGH.shape)
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels_pallas import targets
 from olmax import sharding
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig, Execution
@@ -66,7 +67,8 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
     tokens = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32)
     batch = step.abstract_batch({"tokens": tokens})
     start = time.monotonic()
-    lowered = step.step.trace(step.abstract_state, batch).lower(lowering_platforms=("tpu",))
+    with targets.compiling_for("tpu"):
+        lowered = step.step.trace(step.abstract_state, batch).lower(lowering_platforms=("tpu",))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
