@@ -1,6 +1,7 @@
 """Unsharded equals sharded on eight faked devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import kernels_pallas.attention
+import olmax.models.attention
 from olmax import sharding
 from olmax.errors import UserError
-from olmax.models import Decoder, get_preset
+from olmax.models import Decoder, Execution, get_preset
 from olmax.sharding import MeshConfig
 
 CONFIG = dataclasses.replace(get_preset("olmo2-tiny-gqa"), n_layers=2, vocab_size=512)
@@ -49,6 +52,23 @@ def test_loss_and_gradients_equal_the_unsharded_ones(spec, unsharded):
     tokens_BL = jax.device_put(TOKENS, sharding.batch_sharding(mesh))
     with sharding.use_mesh(mesh):
         loss, grads = loss_and_grads(model, tokens_BL)
+    np.testing.assert_allclose(loss, unsharded[0], atol=1e-5)
+    for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(unsharded[1]), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["context=8,fsdp=1", "fsdp=2,tensor=2,context=2"])
+def test_a_ring_over_the_context_axis_changes_nothing(spec, unsharded, monkeypatch):
+    # Chosen as on a TPU, computed by what runs here.
+    ring = functools.partial(kernels_pallas.attention.ring_attention, implementation="reference")
+    monkeypatch.setattr(olmax.models.attention, "ring_attention", ring)
+    mesh = sharding.make_mesh(spec)
+    model = sharding.init_decoder(CONFIG, Execution(attention="pallas_tpu"), mesh=mesh)
+    tokens_BL = jax.device_put(TOKENS, sharding.batch_sharding(mesh))
+    with sharding.use_mesh(mesh):
+        program = jax.jit(nnx.value_and_grad(loss_fn)).lower(model, tokens_BL).compile()
+        loss, grads = program(model, tokens_BL)
+    assert "collective-permute" in program.as_text()
     np.testing.assert_allclose(loss, unsharded[0], atol=1e-5)
     for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(unsharded[1]), strict=True):
         np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=1e-5)

@@ -10,8 +10,8 @@ from kernels_pallas import schedule
 from kernels_pallas.attention import masks, pallas_tpu
 from kernels_pallas.benchmark import Row
 
-PRODUCTION = dict(batch=4, length=4096, heads=16, head_dim=128)
-SMALL = dict(batch=1, length=4096, heads=2, head_dim=128)
+PRODUCTION: dict[str, Any] = dict(batch=4, length=4096, heads=16, head_dim=128)
+SMALL: dict[str, Any] = dict(batch=1, length=4096, heads=2, head_dim=128)
 """The same kernels as for `PRODUCTION`, whose listing has every block once whatever the grid."""
 
 TILE = 512 * 512
@@ -160,5 +160,6 @@ def rows() -> Iterator[Row]:
                 chip,
                 "temporaries, MiB",
                 program.temp_bytes / 2**20,
-                note=f"{program.argument_bytes + program.output_bytes:,} bytes of arguments and results",
+                note=f"arguments {program.argument_bytes / 2**20:.0f}, results "
+                f"{program.output_bytes / 2**20:.0f} MiB",
             )
