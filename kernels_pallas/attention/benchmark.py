@@ -15,6 +15,7 @@ SMALL: dict[str, Any] = dict(batch=1, length=4096, heads=2, head_dim=128)
 """The same kernels as for `PRODUCTION`, whose listing has every block once whatever the grid."""
 
 TILE = 512 * 512
+HERE = "kernels_pallas.attention.benchmark:"
 CHIPS = ("v5e", "v5p", "v6e")
 
 
@@ -109,50 +110,14 @@ def splash(
 
 
 def rows() -> Iterator[Row]:
-    here = "kernels_pallas.attention.benchmark:"
     if schedule.libtpu_version() is None:
         yield Row("attention", "all", "TPU", "bundles", None, note="libtpu is not installed")
         return
     for chip in CHIPS:
-        for segments in (False, True):
-            theirs = schedule.compile_for(
-                here + "splash", chip, backward=True, segments=segments, **SMALL
-            )
-            for backward in (False, True):
-                parts = ("dq", "dkv") if backward else ("fwd",)
-                kernels = [theirs.kernel(f"splash_mha_{part}") for part in parts]
-                case = "backward" if backward else "forward"
-                case += ", causal" + (" and segments" if segments else "")
-                for q_block, kv_block in ((512, 512), (1024, 512)):
-                    program = schedule.compile_for(
-                        here + "ours",
-                        chip,
-                        backward=backward,
-                        segments=segments,
-                        q_block=q_block,
-                        kv_block=kv_block,
-                        **SMALL,
-                    )
-                    (kernel,) = program.kernels
-                    # The longest block hides pairs, the other one does not have to.
-                    hiding, full = kernel.blocks
-                    tiles = q_block * kv_block / TILE
-                    yield Row(
-                        "attention",
-                        f"{case}, blocks {q_block} x {kv_block}",
-                        chip,
-                        "bundles per 512 x 512",
-                        full.bundles / tiles,
-                        sum(one.blocks[0].bundles for one in kernels),
-                        "splash " + " + ".join(parts) + " at 512",
-                        f"{full.spills} spills (splash "
-                        f"{sum(one.blocks[0].spills for one in kernels)}); where pairs are "
-                        f"hidden {hiding.bundles / tiles:,.0f} bundles, {hiding.spills} spills; "
-                        f"overhead of a step {kernel.overhead}",
-                    )
+        yield from schedules(chip)
         for backward in (False, True):
             program = schedule.compile_for(
-                here + "ours", chip, dump=False, backward=backward, segments=True, **PRODUCTION
+                HERE + "ours", chip, dump=False, backward=backward, segments=True, **PRODUCTION
             )
             yield Row(
                 "attention",
@@ -162,4 +127,42 @@ def rows() -> Iterator[Row]:
                 program.temp_bytes / 2**20,
                 note=f"arguments {program.argument_bytes / 2**20:.0f}, results "
                 f"{program.output_bytes / 2**20:.0f} MiB",
+            )
+    yield Row(
+        "attention",
+        "forward and backward by cuDNN",
+        "GPU",
+        "time",
+        None,
+        note="never run, for want of a GPU; by name only, the default there is XLA's `blocked`",
+    )
+
+
+def schedules(chip: str) -> Iterator[Row]:
+    """Bundles of a block of scores in which nothing is hidden, per 512 x 512 of it."""
+    for segments in (False, True):
+        theirs = schedule.compile_for(
+            HERE + "splash", chip, backward=True, segments=segments, **SMALL
+        )
+        for backward, q_block in ((False, 512), (False, 1024), (True, 512)):
+            parts = ("dq", "dkv") if backward else ("fwd",)
+            beside = [theirs.kernel(f"splash_mha_{part}").blocks[0] for part in parts]
+            options = dict(backward=backward, segments=segments, q_block=q_block)
+            program = schedule.compile_for(HERE + "ours", chip, **options, **SMALL)
+            (kernel,) = program.kernels
+            # The longer block is the one that hides pairs.
+            hiding, full = kernel.blocks
+            tiles = q_block * 512 / TILE
+            yield Row(
+                "attention",
+                f"{'backward' if backward else 'forward'}, causal"
+                f"{' and segments' if segments else ''}, blocks {q_block} x 512",
+                chip,
+                "bundles per 512 x 512",
+                full.bundles / tiles,
+                sum(one.bundles for one in beside),
+                f"splash {' + '.join(parts)}, blocks 512 x 512",
+                f"{full.spills} spills (splash {sum(one.spills for one in beside)}); where pairs "
+                f"are hidden {hiding.bundles / tiles:,.0f} bundles and {hiding.spills} spills; "
+                f"{kernel.overhead} more per step",
             )

@@ -78,8 +78,8 @@ def attention(
     ids: Ids,
     scale: float,
     interpret: Any = False,
-    forward_blocks: Blocks = FORWARD_BLOCKS,
-    backward_blocks: Blocks = BACKWARD_BLOCKS,
+    forward_blocks: Blocks | None = None,
+    backward_blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels_pallas.attention.attention`. Returns the output and the log-sum-exp [B, Q, L],
     both differentiable.
@@ -103,20 +103,26 @@ def gradients(
     ids: Ids,
     scale: float,
     interpret: Any = False,
-    backward_blocks: Blocks = BACKWARD_BLOCKS,
+    backward_blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv, where the softmax may run over more keys than these: `out_BLQH` and `lse_BQL` are
     those of all of them.
     """
     from kernels_pallas.attention.pallas_tpu_backward import backward
 
-    settings = _settings(q_BLQH, k_BSKH, shape, scale, interpret, FORWARD_BLOCKS, backward_blocks)
+    settings = _settings(q_BLQH, k_BSKH, shape, scale, interpret, None, backward_blocks)
     no_d_lse = jnp.zeros_like(lse_BQL)
     return backward(q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL, d_out_BLQH, no_d_lse, settings)
 
 
 def _settings(
-    q_BLQH, k_BSKH, shape, scale, interpret, forward_blocks: Blocks, backward_blocks: Blocks
+    q_BLQH,
+    k_BSKH,
+    shape,
+    scale,
+    interpret,
+    forward_blocks: Blocks | None,
+    backward_blocks: Blocks | None,
 ) -> Settings:
     """Checks what the kernels can take and where they can run."""
     reason = unsupported(q_BLQH.shape, q_BLQH.dtype)
@@ -131,8 +137,8 @@ def _settings(
     return Settings(
         shape,
         float(scale),
-        forward_blocks.fitted(*lengths),
-        backward_blocks.fitted(*lengths),
+        (forward_blocks or FORWARD_BLOCKS).fitted(*lengths),
+        (backward_blocks or BACKWARD_BLOCKS).fitted(*lengths),
         interpret,
     )
 

@@ -35,6 +35,7 @@ from kernels_pallas.attention.pallas_tpu_parts import (
 if TYPE_CHECKING:
     from kernels_pallas.attention.pallas_tpu import Settings
 
+STRIP = 256
 RESIDENT_BYTES = 8 * 2**20
 """VMEM for dk and dv of one head in float32."""
 
@@ -256,7 +257,7 @@ def _kernel(
 
     def step(partial: bool):
         keys = pl.ds(kv_block_ref[n] * blocks.kv, blocks.kv)
-        for columns in strips(blocks.q):
+        for columns in strips(blocks.q, STRIP):
             weights, d_scores = weights_SL[:, columns], d_scores_SL[:, columns]
             dv_SH[keys] += product(weights, old_d_out_ref[0, 0, columns])
             dk_SH[keys] += product(d_scores, old_q_ref[0, 0, columns])

@@ -32,6 +32,7 @@ from kernels_pallas.attention.pallas_tpu_parts import (
 if TYPE_CHECKING:
     from kernels_pallas.attention.pallas_tpu import Settings
 
+STRIP = 512
 SUM_ROWS = 16
 """Rows of ones under the values: the product then has the sum of the weights in its last rows."""
 
@@ -165,7 +166,7 @@ def _kernel(
         values_HS = v_ref[0, 0]
         ones = jnp.ones((SUM_ROWS, blocks.kv), values_HS.dtype)
         values_HS = jnp.concatenate([values_HS, ones])
-        for columns in strips(blocks.q):
+        for columns in strips(blocks.q, STRIP):
             sums_HL[:, columns] = sums_HL[:, columns] * old_decay[:, columns] + product(
                 values_HS, weights_SL[:, columns]
             )

@@ -16,8 +16,6 @@ half of it, so that exp2 of a hidden score is 0 even in a row that sees nothing.
 NOTHING_SEEN = 1e30
 """Inside the kernels, the log-sum-exp of a row that sees nothing: its exponentials become 0."""
 LOG2_E = 1.4426950408889634
-STRIP = 512
-"""Queries whose scores are live at a time."""
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -146,8 +144,11 @@ def _column(ref) -> jax.Array:
     return jnp.broadcast_to(row_1S, (8, row_1S.shape[1])).T[:, :1]
 
 
-def strips(block: int) -> list[slice]:
-    return [slice(start, min(start + STRIP, block)) for start in range(0, block, STRIP)]
+def strips(block: int, width: int) -> list[slice]:
+    """The queries of a block in pieces: what a kernel states together, and the compiler schedules
+    without running out of registers.
+    """
+    return [slice(start, min(start + width, block)) for start in range(0, block, width)]
 
 
 def last_two_swapped(x: jax.Array) -> jax.Array:
