@@ -1,20 +1,39 @@
 """Public linear cross-entropy: argument checks and choice of implementation."""
 
-import jax
+from typing import Any
 
-from kernels_pallas.linear_cross_entropy import chunked, reference, saved
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.linear_cross_entropy import chunked, pallas_tpu, reference, saved
 
 IMPLEMENTATIONS = {
     "reference": reference.linear_cross_entropy,
     "chunked": chunked.linear_cross_entropy,
     "saved": saved.linear_cross_entropy,
+    "pallas_tpu": pallas_tpu.linear_cross_entropy,
 }
 
 
-def choose(tokens: int, vocab: int, *, vocab_axes: tuple[str, ...] = ()) -> str:
-    """The best implementation for these sizes on the default backend."""
+def choose(
+    tokens: int,
+    vocab: int,
+    *,
+    dtype: Any = "float32",
+    vocab_axes: tuple[str, ...] = (),
+    soft_cap: float | None = None,
+) -> str:
+    """The best implementation for these sizes on the default backend.
+
+    TPUs: `pallas_tpu` where it takes the dtype. GPUs: `chunked`, products by XLA. CPUs: `saved`
+    while its memory is little.
+    """
+    backend = jax.default_backend()
+    if backend == "tpu" and jnp.dtype(dtype) in pallas_tpu.DTYPES:
+        return "pallas_tpu"
     few = tokens * vocab <= saved.MAX_VALUES
-    return "saved" if jax.default_backend() == "cpu" and few and not vocab_axes else "chunked"
+    whole = not vocab_axes and soft_cap is None
+    return "saved" if backend == "cpu" and few and whole else "chunked"
 
 
 def linear_cross_entropy(
@@ -22,37 +41,88 @@ def linear_cross_entropy(
     w: jax.Array,
     targets: jax.Array,
     *,
+    z_loss: float = 0.0,
+    ignore_index: int | None = None,
+    soft_cap: float | None = None,
     vocab_axes: tuple[str, ...] = (),
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of the logits x @ w against integer targets.
 
     Args:
-      x: hidden states [T, D], float32, bfloat16 or float16.
+      x: hidden states [T, D], float32, bfloat16 or float16 (`pallas_tpu`: not float16).
       w: output matrix [D, V]; cast to x's dtype for the product, which accumulates in float32.
-      targets: int32 [T], each in 0 .. V - 1. Tokens to ignore: give any valid id and weigh their
-        loss by zero.
+      targets: int32 [T], each in 0 .. V - 1 or `ignore_index`.
+      z_loss: adds z_loss * lse^2 to the loss.
+      ignore_index: tokens with this target have loss 0 and no gradient from it; may be outside
+        0 .. V - 1. Their lse is returned like any other's.
+      soft_cap: logits become soft_cap * tanh(logits / soft_cap); not by `saved`.
       vocab_axes: names of the mapped axes (`jax.shard_map`) that V is cut over. w then holds this
         device's columns, in the order of the axis index; targets still count over the whole V.
       implementation: `reference` (materialises [T, V]), `chunked` (computes logits twice), `saved`
-        (keeps [T, V] in x's dtype; no `vocab_axes`), or None for the best one here.
+        (keeps [T, V] in x's dtype; no `vocab_axes`), `pallas_tpu` (logits stay in VMEM; TPUs), or
+        None for the best one here.
+      interpret: `pallas_tpu` without a TPU: True, or `pltpu.InterpretParams(...)` to simulate its
+        memories.
 
     Returns:
-      (loss, lse), float32 [T]: -log p(target), in nats, and the log-sum-exp of the logits (for
-      z-loss).
+      (loss, lse), float32 [T]: -log p(target), in nats, plus z-loss, and the log-sum-exp of the
+      logits.
 
     Raises:
-      ValueError: shapes that do not fit or an unknown implementation.
+      ValueError: shapes, dtypes or settings that are not as above, an unknown implementation, or
+        `pallas_tpu` in a program that is not for TPUs, without `interpret`.
     """
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or targets.shape != x.shape[:1]:
-        raise ValueError(
-            "linear_cross_entropy: expected x [T,D], w [D,V], targets [T]; "
-            f"got {x.shape}, {w.shape}, {targets.shape}"
+    _check(x, w, targets, soft_cap)
+    if implementation is None:
+        implementation = choose(
+            x.shape[0], w.shape[1], dtype=x.dtype, vocab_axes=vocab_axes, soft_cap=soft_cap
         )
-    implementation = implementation or choose(x.shape[0], w.shape[1], vocab_axes=vocab_axes)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"linear_cross_entropy: unknown implementation {implementation!r}; "
             f"there are {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[implementation](x, w, targets, vocab_axes)
+    options = {}
+    if interpret:
+        if implementation != "pallas_tpu":
+            raise ValueError(
+                "linear_cross_entropy: interpret is for implementation 'pallas_tpu', "
+                f"not {implementation!r}"
+            )
+        options["interpret"] = interpret
+    counts_T = None
+    if ignore_index is not None:
+        counts_T = targets != ignore_index
+        targets = jnp.where(counts_T, targets, 0)
+    loss_T, lse_T = IMPLEMENTATIONS[implementation](x, w, targets, vocab_axes, soft_cap, **options)
+    if z_loss:
+        loss_T += z_loss * jnp.square(lse_T)
+    if counts_T is not None:
+        loss_T = jnp.where(counts_T, loss_T, 0.0)
+    return loss_T, lse_T
+
+
+def _check(x, w, targets, soft_cap) -> None:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0] or targets.shape != x.shape[:1]:
+        raise ValueError(
+            "linear_cross_entropy: expected x [T,D], w [D,V], targets [T]; "
+            f"got {x.shape}, {w.shape}, {targets.shape}"
+        )
+    for name, array in (("x", x), ("w", w), ("targets", targets)):
+        if not array.size:
+            raise ValueError(f"linear_cross_entropy: {name} {array.shape} is empty")
+    for name, array in (("x", x), ("w", w)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"linear_cross_entropy: {name} {array.shape} is {array.dtype}; "
+                "float32, bfloat16 and float16 are accepted"
+            )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            f"linear_cross_entropy: targets {targets.shape} is {targets.dtype}; integers are "
+            "accepted"
+        )
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"linear_cross_entropy: soft_cap is {soft_cap}; it must be above 0")

@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 
 
-def linear_cross_entropy(x_TD, w_DV, targets_T, vocab_axes=()) -> tuple[jax.Array, jax.Array]:
+def linear_cross_entropy(
+    x_TD, w_DV, targets_T, vocab_axes=(), soft_cap=None
+) -> tuple[jax.Array, jax.Array]:
     """See `kernels_pallas.linear_cross_entropy.linear_cross_entropy`."""
     logits_TV = jnp.matmul(x_TD, w_DV.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        logits_TV = soft_cap * jnp.tanh(logits_TV / soft_cap)
     if not vocab_axes:
         lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
         target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]

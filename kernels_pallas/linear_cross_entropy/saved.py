@@ -17,10 +17,15 @@ MAX_VALUES = 2**27
 """Logits from which on keeping them is too much (256 MiB in bfloat16)."""
 
 
-def linear_cross_entropy(x_TD, w_DV, targets_T, vocab_axes=()) -> tuple[jax.Array, jax.Array]:
+def linear_cross_entropy(
+    x_TD, w_DV, targets_T, vocab_axes=(), soft_cap=None
+) -> tuple[jax.Array, jax.Array]:
     """See `kernels_pallas.linear_cross_entropy.linear_cross_entropy`."""
     if vocab_axes:
         raise ValueError("linear_cross_entropy: implementation 'saved' needs the whole vocabulary")
+    if soft_cap is not None:
+        # The cap's derivative needs the logit, which the exponential in x's dtype no longer has.
+        raise ValueError("linear_cross_entropy: implementation 'saved' takes no soft_cap")
     return _loss(x_TD, w_DV.astype(x_TD.dtype), targets_T)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.linear_cross_entropy import linear_cross_entropy
+from olmax.models.cross_entropy import cross_entropy
 from olmax.models.decoder import Decoder
 from olmax.training.objectives import next_token_targets
 
@@ -86,12 +86,8 @@ def growth_exponents(
             outputs_NBLD = model.layer_outputs(x_BLD, offsets_NBLD)
             hidden_BLD = model.final_norm(outputs_NBLD[-1])
             targets_BL, valid_BL = next_token_targets({"tokens": tokens_BL})
-            loss_T, _ = linear_cross_entropy(
-                hidden_BLD.reshape(-1, hidden_BLD.shape[-1]),
-                model.head_kernel(),
-                targets_BL.reshape(-1),
-            )
-            return jnp.mean(loss_T, where=valid_BL.reshape(-1)), outputs_NBLD
+            loss_BL, _ = cross_entropy(hidden_BLD, model.head_kernel(), targets_BL)
+            return jnp.mean(loss_BL, where=valid_BL), outputs_NBLD
 
         zeros = jnp.zeros((model.config.n_layers, *x_BLD.shape), x_BLD.dtype)
         gradients, activations = jax.grad(loss, has_aux=True)(zeros)
