@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from olmax.errors import UserError
-from olmax.generation import decoding
+from olmax.generation import decoding, paging
 from olmax.generation.decoding import complete, generate
 from olmax.models import Decoder, Llama3RopeScaling, get_preset
 from olmax.sharding import MeshConfig, init_decoder, make_mesh
@@ -54,18 +54,40 @@ def from_scratch(model, prompt, count):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("config", [OLMO2_GQA, LLAMA], ids=["olmo2-gqa", "llama-scaled-rope"])
-def test_greedy_tokens_equal_those_of_recomputing_from_scratch(config):
+@pytest.mark.parametrize(
+    ("config", "cache"),
+    [(OLMO2_GQA, "paged"), (LLAMA, "paged"), (OLMO2_GQA, "contiguous")],
+    ids=["olmo2-gqa", "llama-scaled-rope", "contiguous cache"],
+)
+def test_greedy_tokens_equal_those_of_recomputing_from_scratch(config, cache):
     model = make(config)
-    for prompt, got in zip(prompts(), generate(model, prompts(), max_new_tokens=20), strict=True):
+    completions = generate(model, prompts(), max_new_tokens=20, cache=cache)
+    for prompt, got in zip(prompts(), completions, strict=True):
         assert got == from_scratch(model, prompt, 20)
         assert len(set(got)) > 1
 
 
-def test_long_prompts_are_read_in_pieces(model, monkeypatch):
+@pytest.mark.parametrize("cache", ["paged", "contiguous"])
+def test_long_prompts_are_read_in_pieces(model, monkeypatch, cache):
     whole = generate(model, prompts(), max_new_tokens=5)
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 16)
-    assert generate(model, prompts(), max_new_tokens=5) == whole
+    assert generate(model, prompts(), max_new_tokens=5, cache=cache) == whole
+
+
+def test_short_prompts_are_read_apart_from_long_ones(model, monkeypatch):
+    together = generate(model, prompts(), max_new_tokens=5)
+    monkeypatch.setattr(paging, "SPARED_TOKENS", 1)
+    read = []
+    prefill = decoding._prefill_paged
+
+    def recorded(graphdef, params, state, tokens_GL, *args, **kwargs):
+        read.append(tokens_GL.shape)
+        return prefill(graphdef, params, state, tokens_GL, *args, **kwargs)
+
+    monkeypatch.setattr(decoding, "_prefill_paged", recorded)
+    assert generate(model, prompts(), max_new_tokens=5) == together
+    # Prompts of 66 and 40, of 17, of 3 and 1.
+    assert read == [(2, 96), (1, 24), (2, 16)]
 
 
 def test_a_row_ends_where_the_context_ends(model):
@@ -141,11 +163,12 @@ def test_bad_arguments(model, change, message):
         complete(model, arguments.pop("prompts"), **arguments)
 
 
-def test_a_mesh_changes_nothing(model):
+@pytest.mark.parametrize("cache", ["paged", "contiguous"])
+def test_a_mesh_changes_nothing(model, cache):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharded = init_decoder(OLMO2_GQA, seed=0, mesh=mesh)
     wanted = generate(model, prompts([3, 17, 9]), max_new_tokens=8)
-    assert generate(sharded, prompts([3, 17, 9]), max_new_tokens=8) == wanted
+    assert generate(sharded, prompts([3, 17, 9]), max_new_tokens=8, cache=cache) == wanted
 
 
 def test_bfloat16_runs(model):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from olmax.models import Decoder, Execution, get_preset, init_cache
+from olmax.models import Decoder, Execution, get_preset, init_cache, init_paged_cache
 from olmax.models.decoder import Block
 from olmax.models.norm import rms_norm
 from olmax.models.rope import apply_rope, inverse_frequencies, rotation
@@ -188,6 +188,38 @@ def test_cached_decoding_equals_the_full_forward_pass(name):
     cached = model.logits(jnp.concatenate(pieces, axis=1))
     np.testing.assert_allclose(cached, model(tokens_BL), atol=1e-5)
     assert int(cache.length) == 80
+
+
+def test_paged_decoding_equals_the_full_forward_pass():
+    model = make(get_preset("olmo2-tiny-gqa"))
+    tokens_BL = tokens(length=40)
+    # Pages in no order, a sequence of 33 tokens and one of 20, then four more.
+    table_BT = jnp.array([[5, 0, 3], [2, 6, 99]])
+    cache = init_paged_cache(model.config, table_BT, 7, 16)
+    lengths = np.array([33, 20])
+    positions_BL = jnp.broadcast_to(jnp.arange(40), (2, 40))
+    real_BL = jnp.where(jnp.arange(40) < lengths[:, None], 1, 0)
+    prompt, cache = model.decode(
+        tokens_BL, cache, positions_BL=positions_BL, segment_ids_BL=real_BL, empty=True
+    )
+    expected = model.hidden(tokens_BL)
+    step = jax.jit(lambda model, *args: model.decode(args[0], cache=args[1], **args[2]))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(prompt[row, :length], expected[row, :length], atol=1e-5)
+    for _ in range(4):
+        column_B1 = lengths[:, None]
+        hidden, cache = step(
+            model,
+            jnp.take_along_axis(tokens_BL, column_B1, axis=1),
+            cache,
+            dict(positions_BL=column_B1, segment_ids_BL=jnp.ones((2, 1), jnp.int32)),
+        )
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(hidden[row, 0], expected[row, length], atol=1e-5)
+        lengths = lengths + 1
+    np.testing.assert_array_equal(cache.lengths_B, [37, 24])
+    # Page 1 and 4 belong to nobody.
+    np.testing.assert_array_equal(cache.k_NPSC[:, [1, 4]], 0)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "projections"])

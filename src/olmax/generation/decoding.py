@@ -1,7 +1,8 @@
 """Generating token ids: prefill and decoding over the models' KV cache.
 
-Prompts of a batch end at the same slot of the cache (they are padded on the left), so that all rows
-write their next token to the same slot.
+In the contiguous cache prompts of a batch end at the same slot (they are padded on the left), so
+that all rows write their next token to the same slot. In the paged cache every row has pages for
+its own length: short prompts are read apart from long ones, and attention ends where a row does.
 """
 
 import dataclasses
@@ -19,10 +20,12 @@ from tqdm import tqdm
 from olmax import sharding
 from olmax.errors import UserError
 from olmax.generation.batching import as_ids, bucket, mesh_of, place, row_bucket
+from olmax.generation.paging import PAGE, page_table, prompt_groups
 from olmax.generation.sampling import Sampling, row_key, sample
 from olmax.models.config import DecoderConfig
 from olmax.models.decoder import Decoder
 from olmax.models.kv_cache import KVCache, init_cache
+from olmax.models.paged_cache import PAGES, PagedCache, init_paged_cache
 
 PREFILL_TOKENS = 512
 """Tokens of a row that are read at one time: bounds the attention scores that exist at once."""
@@ -34,6 +37,8 @@ WATCHED_STEPS = 8
 """The same while somebody watches."""
 
 BATCH_SIZE = 32
+
+CacheKind = Literal["contiguous", "paged"]
 
 OnToken = Callable[[int, int], bool | None]
 
@@ -63,6 +68,7 @@ def complete(
     batch_size: int = BATCH_SIZE,
     names: Sequence[str] | None = None,
     mesh: Mesh | None = None,
+    cache: CacheKind = "paged",
     progress: bool = False,
 ) -> list[Completion]:
     """Continues every prompt, results in the order of `prompts`.
@@ -83,6 +89,8 @@ def complete(
       batch_size: rows generated at one time; those of similar length go together.
       names: what error messages call the prompts, such as file and line.
       mesh: where batches go; None: the mesh that the model lies on.
+      cache: layout of the keys and values; changes nothing beyond rounding. `paged`: a row takes
+        time and memory for its own length. `contiguous`: all rows for that of the longest.
       progress: show a progress bar.
 
     Raises:
@@ -110,7 +118,7 @@ def complete(
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             seeds = [keys[row.number] for row in batch]
-            _generate_batch(model, batch, seeds, sampling, stops, on_token, mesh)
+            _generate_batch(model, batch, seeds, sampling, stops, on_token, mesh, cache)
             bar.update(len(batch))
     rows.sort(key=lambda row: row.number)
     return [Completion(row.ids, "stop" if row.stopped else "length") for row in rows]
@@ -170,7 +178,7 @@ def _checked(prompt: Sequence[int], name: str, config: DecoderConfig) -> np.ndar
 class _State:
     """Between two steps: everything of a batch that lives on the devices."""
 
-    cache: KVCache
+    cache: KVCache | PagedCache
     hidden_BD: jax.Array
     """At the newest token: what the next one is drawn from."""
     position_B: jax.Array
@@ -188,34 +196,15 @@ def _generate_batch(
     stops: np.ndarray,
     on_token: OnToken | None,
     mesh: Mesh | None,
+    cache: CacheKind,
 ) -> None:
     graphdef, params = nnx.split(model)
     count = row_bucket(len(rows), mesh)
     # Rows that only fill the batch are done from the start.
     done_B = np.ones(count, bool)
     done_B[: len(rows)] = False
-    longest = max(len(row.prompt) for row in rows)
-    piece = min(bucket(longest, minimum=16), PREFILL_TOKENS)
-    length = -(-longest // piece) * piece
-    capacity = bucket(length + max(row.limit for row in rows), minimum=64)
-    tokens_BL = np.zeros((count, length), np.int32)
-    segments_BL = np.zeros((count, length), np.int32)
-    for i, row in enumerate(rows):
-        tokens_BL[i, length - len(row.prompt) :] = row.prompt
-        segments_BL[i, length - len(row.prompt) :] = 1
-
-    state = _empty_state(graphdef, params, place(done_B, mesh), capacity=capacity, mesh=mesh)
-    for start in range(0, length, piece):
-        part = slice(start, start + piece)
-        state = _prefill(
-            graphdef,
-            params,
-            state,
-            place(tokens_BL[:, part], mesh, batch_only=True),
-            place(segments_BL[:, part], mesh, batch_only=True),
-            first=start == 0,
-            mesh=mesh,
-        )
+    read = _read_paged if cache == "paged" else _read_contiguous
+    state = read(graphdef, params, rows, done_B, mesh)
     seeds_B2 = np.zeros((count, 2), np.uint32)
     seeds_B2[: len(rows)] = keys
     # A fixed number of stop tokens would limit them; a padded list only adds -1, which no token is.
@@ -246,6 +235,78 @@ def _generate_batch(
                 if not row.done:
                     _append(row, int(tokens_BT[i, step]), stops, on_token)
         done_B[: len(rows)] = [row.done for row in rows]
+
+
+def _read_contiguous(graphdef, params, rows: list[_Row], done_B: np.ndarray, mesh: Mesh | None):
+    """The state after the prompts, in a contiguous cache."""
+    count = len(done_B)
+    longest = max(len(row.prompt) for row in rows)
+    piece = min(bucket(longest, minimum=16), PREFILL_TOKENS)
+    length = -(-longest // piece) * piece
+    capacity = bucket(length + max(row.limit for row in rows), minimum=64)
+    tokens_BL = np.zeros((count, length), np.int32)
+    segments_BL = np.zeros((count, length), np.int32)
+    for i, row in enumerate(rows):
+        tokens_BL[i, length - len(row.prompt) :] = row.prompt
+        segments_BL[i, length - len(row.prompt) :] = 1
+
+    state = _empty_state(graphdef, params, place(done_B, mesh), capacity=capacity, mesh=mesh)
+    for start in range(0, length, piece):
+        part = slice(start, start + piece)
+        state = _prefill(
+            graphdef,
+            params,
+            state,
+            place(tokens_BL[:, part], mesh, batch_only=True),
+            place(segments_BL[:, part], mesh, batch_only=True),
+            first=start == 0,
+            mesh=mesh,
+        )
+    return state
+
+
+def _read_paged(graphdef, params, rows: list[_Row], done_B: np.ndarray, mesh: Mesh | None):
+    """The state after the prompts, in a paged cache."""
+    count = len(done_B)
+    tokens = [len(row.prompt) + row.limit for row in rows]
+    shards = 1 if mesh is None else sharding.batch_shards(mesh)
+    table_BT, pages = page_table(tokens + [0] * (count - len(rows)), shards)
+    state = _empty_paged_state(
+        graphdef,
+        params,
+        place(done_B, mesh),
+        place(table_BT, mesh, batch_only=True),
+        pages=pages,
+        mesh=mesh,
+    )
+    lengths = [len(row.prompt) for row in rows]
+    # On a mesh a row stays on its device.
+    groups = prompt_groups(lengths) if mesh is None else [list(range(len(rows)))]
+    for group in groups:
+        longest = max(lengths[row] for row in group)
+        piece = min(bucket(longest, minimum=16), PREFILL_TOKENS)
+        padded = count if mesh is not None else row_bucket(len(group), mesh)
+        # Beyond the batch: rows that only fill the group.
+        rows_G = np.full(padded, count, np.int32)
+        rows_G[: len(group)] = group
+        for start in range(0, longest, piece):
+            tokens_GL = np.zeros((padded, piece), np.int32)
+            real_GL = np.zeros((padded, piece), np.int32)
+            for i, row in enumerate(group):
+                part = rows[row].prompt[start : start + piece]
+                tokens_GL[i, : len(part)] = part
+                real_GL[i, : len(part)] = 1
+            state = _prefill_paged(
+                graphdef,
+                params,
+                state,
+                place(tokens_GL, mesh, batch_only=True),
+                place(real_GL, mesh, batch_only=True),
+                None if mesh is not None else rows_G,
+                first=start == 0,
+                mesh=mesh,
+            )
+    return state
 
 
 def _append(row: _Row, token: int, stops: np.ndarray, on_token: OnToken | None) -> None:
@@ -280,6 +341,71 @@ def _empty_state(graphdef, params, done_B, *, capacity: int, mesh: Mesh | None) 
         jnp.zeros(batch, jnp.int32),
         done_B,
         jnp.zeros((), jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "pages", "mesh"))
+def _empty_paged_state(
+    graphdef, params, done_B, table_BT, *, pages: int, mesh: Mesh | None
+) -> _State:
+    model = nnx.merge(graphdef, params)
+    config, dtype = model.config, model.execution.compute_dtype
+    (batch,) = done_B.shape
+    cache = init_paged_cache(config, table_BT, pages, PAGE, dtype)
+    if mesh is not None:
+        placement = NamedSharding(mesh, sharding.DEFAULT_RULES.spec(PAGES))
+        constrain = jax.lax.with_sharding_constraint
+        cache = dataclasses.replace(
+            cache,
+            k_NPSC=constrain(cache.k_NPSC, placement),
+            v_NPSC=constrain(cache.v_NPSC, placement),
+        )
+    return _State(
+        cache,
+        jnp.zeros((batch, config.d_model), dtype),
+        jnp.zeros(batch, jnp.int32),
+        done_B,
+        jnp.zeros((), jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "first", "mesh"), donate_argnames="state")
+def _prefill_paged(
+    graphdef, params, state: _State, tokens_GL, real_GL, rows_G, *, first: bool, mesh: Mesh | None
+) -> _State:
+    """Reads a piece of the prompts of the rows `rows_G`, padded on the right; None: of all rows."""
+    model = nnx.merge(graphdef, params)
+    cache = state.cache
+    assert isinstance(cache, PagedCache)
+    part = cache
+    if rows_G is not None:
+        part = dataclasses.replace(
+            cache,
+            table_BT=cache.table_BT.at[rows_G].get(mode="clip"),
+            lengths_B=cache.lengths_B.at[rows_G].get(mode="clip"),
+        )
+    positions_GL = part.lengths_B[:, None] + jnp.arange(tokens_GL.shape[1], dtype=jnp.int32)
+    with sharding.use_mesh(mesh):
+        hidden_GLD, grown = model.decode(
+            tokens_GL, part, positions_BL=positions_GL, segment_ids_BL=real_GL, empty=first
+        )
+    count_G = jnp.sum(real_GL, axis=1)
+    last_G11 = jnp.maximum(count_G - 1, 0)[:, None, None]
+    last_GD = jnp.take_along_axis(hidden_GLD, last_G11, axis=1)[:, 0]
+
+    def put(old_B, new_G):
+        # A row whose prompt has ended keeps what it has.
+        if rows_G is None:
+            return jnp.where(jnp.expand_dims(count_G > 0, range(1, old_B.ndim)), new_G, old_B)
+        target_G = jnp.where(count_G > 0, rows_G, old_B.shape[0])
+        return old_B.at[target_G].set(new_G, mode="drop")
+
+    lengths_B = put(cache.lengths_B, grown.lengths_B)
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(grown, table_BT=cache.table_BT, lengths_B=lengths_B),
+        hidden_BD=put(state.hidden_BD, last_GD),
+        position_B=lengths_B,
     )
 
 

@@ -15,13 +15,11 @@ from kernels_pallas.xla_cpu import apart
 from olmax.models import parameters
 from olmax.models.annotations import annotate, mesh_axes, per_device
 from olmax.models.config import DecoderConfig, Execution
+from olmax.models.kv_cache import LayerCache
 from olmax.models.linear import project
 from olmax.models.norm import RMSNorm
+from olmax.models.paged_cache import PagedLayer
 from olmax.models.rope import apply_rope
-
-# One layer's cache (k_BSKH, v_BSKH) with the slot the new tokens start at, a Python int where it is
-# known at compile time.
-LayerCache = tuple[jax.Array, jax.Array, jax.Array | int]
 
 
 class Attention(nnx.Module):
@@ -63,12 +61,9 @@ class Attention(nnx.Module):
         x_BLD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         segment_ids_BL: jax.Array | None = None,
-        kv_segment_ids_BS: jax.Array | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Attention output [B, L, D], and the updated (k, v) of the layer's cache when there is
-        one.
-        """
+        cache: LayerCache | PagedLayer | None = None,
+    ) -> tuple[jax.Array, LayerCache | PagedLayer | None]:
+        """Attention output [B, L, D], and the cache with the new tokens when there is one."""
         batch, length, _ = x_BLD.shape
         qkv_BLKCH = project(x_BLD, self.qkv[...])
         qkv_BLKCH = checkpoint_name(qkv_BLKCH, "qkv")
@@ -79,32 +74,33 @@ class Attention(nnx.Module):
         q_BLQH = apply_rope(q_BLKGH.reshape(batch, length, self.config.n_heads, -1), *rotation)
         k_BLKH = apply_rope(k_BLKH, *rotation)
 
-        updated = None
         q_offset = 0
+        kv_segment_ids_BS = segment_ids_BL
         if cache is not None:
-            k_BSKH, v_BSKH, q_offset = cache
-            k_BLKH = jax.lax.dynamic_update_slice_in_dim(
-                k_BSKH, k_BLKH.astype(k_BSKH.dtype), q_offset, axis=1
-            )
-            v_BLKH = jax.lax.dynamic_update_slice_in_dim(
-                v_BSKH, v_BLKH.astype(v_BSKH.dtype), q_offset, axis=1
-            )
-            updated = (k_BLKH, v_BLKH)
-            if isinstance(q_offset, int):
-                # Slots behind the new tokens are empty.
-                k_BLKH, v_BLKH = k_BLKH[:, : q_offset + length], v_BLKH[:, : q_offset + length]
-                if kv_segment_ids_BS is not None:
-                    kv_segment_ids_BS = kv_segment_ids_BS[:, : q_offset + length]
+            q_offset = cache.start
+            cache, k_BLKH, v_BLKH = cache.append(k_BLKH, v_BLKH)
             k_BLKH, v_BLKH = k_BLKH.astype(q_BLQH.dtype), v_BLKH.astype(q_BLQH.dtype)
+            if isinstance(cache, PagedLayer):
+                # A prompt's padding comes last, where its tokens do not see it.
+                segment_ids_BL = kv_segment_ids_BS = None
+            else:
+                kv_segment_ids_BS = cache.segment_ids_BS[:, : k_BLKH.shape[1]]
 
-        if kv_segment_ids_BS is None:
-            kv_segment_ids_BS = segment_ids_BL
-        o_BLKGH = self._attend(
-            q_BLQH, k_BLKH, v_BLKH, q_offset, segment_ids_BL, kv_segment_ids_BS, cache is not None
-        )
+        if isinstance(cache, PagedLayer) and length == 1:
+            o_BLKGH = cache.attend(q_BLQH.reshape(q_BLKGH.shape)[:, 0])[:, None]
+        else:
+            o_BLKGH = self._attend(
+                q_BLQH,
+                k_BLKH,
+                v_BLKH,
+                q_offset,
+                segment_ids_BL,
+                kv_segment_ids_BS,
+                cache is not None,
+            )
         o_BLKGH = checkpoint_name(o_BLKGH, "attention_output")
         o_BLKGH = annotate(o_BLKGH, ("batch", "length", "kv_heads", None, None))
-        return project(o_BLKGH, self.out[...], contract=3), updated
+        return project(o_BLKGH, self.out[...], contract=3), cache
 
     def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, q_segment_ids, kv_segment_ids, cached):
         """Causal attention by the implementation chosen, per device where it must be."""

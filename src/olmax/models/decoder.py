@@ -1,8 +1,7 @@
 """The decoder: OLMo 2, OLMoE, Llama 2 and Llama 3.1 as configurations of one module."""
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,13 @@ from kernels_pallas.xla_cpu import apart
 from olmax.errors import UserError
 from olmax.models import parameters
 from olmax.models.annotations import annotate
-from olmax.models.attention import Attention, LayerCache
+from olmax.models.attention import Attention
 from olmax.models.config import DecoderConfig, Execution, RematPolicy
-from olmax.models.kv_cache import KVCache
+from olmax.models.kv_cache import KVCache, LayerCache
 from olmax.models.mlp import MLP
 from olmax.models.moe import MoE, RoutingRecord
 from olmax.models.norm import RMSNorm
+from olmax.models.paged_cache import PagedCache, PagedLayer
 from olmax.models.rope import inverse_frequencies, rotation
 
 
@@ -43,32 +43,30 @@ class Block(nnx.Module):
         x_BLD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         segment_ids_BL: jax.Array | None = None,
-        kv_segment_ids_BS: jax.Array | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, RoutingRecord | None]:
-        """Output [B, L, D]; the updated (k, v) of the layer's cache when there is one; what the
-        router did when there is one.
+        cache: LayerCache | PagedLayer | None = None,
+    ) -> tuple[jax.Array, LayerCache | PagedLayer | None, RoutingRecord | None]:
+        """Output [B, L, D]; the cache with the new tokens when there is one; what the router did
+        when there is one.
         """
         attend = functools.partial(
             self.attention,
             rotation=rotation,
             segment_ids_BL=segment_ids_BL,
-            kv_segment_ids_BS=kv_segment_ids_BS,
             cache=cache,
         )
         if self.norm_position == "output":
-            y_BLD, updated = attend(x_BLD)
+            y_BLD, cache = attend(x_BLD)
             x_BLD = x_BLD + self.attention_norm(y_BLD)
             x_BLD = annotate(x_BLD, ("batch", "length", None))
             y_BLD, routing = self._feed_forward(x_BLD, segment_ids_BL)
             x_BLD = x_BLD + self.mlp_norm(y_BLD)
         else:
-            y_BLD, updated = attend(self.attention_norm(x_BLD))
+            y_BLD, cache = attend(self.attention_norm(x_BLD))
             x_BLD = x_BLD + y_BLD
             x_BLD = annotate(x_BLD, ("batch", "length", None))
             y_BLD, routing = self._feed_forward(self.mlp_norm(x_BLD), segment_ids_BL)
             x_BLD = x_BLD + y_BLD
-        return annotate(x_BLD, ("batch", "length", None)), updated, routing
+        return annotate(x_BLD, ("batch", "length", None)), cache, routing
 
     def _feed_forward(self, x_BLD, segment_ids_BL) -> tuple[jax.Array, RoutingRecord | None]:
         if self.config.moe is None:
@@ -113,7 +111,7 @@ class TrunkOutput(NamedTuple):
 
     hidden_BLD: jax.Array
     """Normed final hidden states."""
-    cache: KVCache | None
+    cache: KVCache | PagedCache | None
     """The grown cache, where one was given."""
     routing: RoutingRecord | None
     """What the routers did, layers stacked in front; None for a dense model."""
@@ -200,39 +198,35 @@ class Decoder(nnx.Module):
             self.hidden(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
         )
 
-    def decode(
+    def decode[Cache: KVCache | PagedCache](
         self,
         tokens_BL: jax.Array,
-        cache: KVCache,
+        cache: Cache,
         *,
         positions_BL: jax.Array,
         segment_ids_BL: jax.Array,
         empty: bool = False,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, Cache]:
         """Appends tokens to the cache and returns (hidden [B, L, D], the grown cache).
 
-        `segment_ids_BL` is 1 for real tokens and 0 for left padding; `positions_BL` counts real
-        tokens only. The caller keeps `cache.length + L` within the capacity. `empty` says that the
-        cache is, so that a prompt attends to itself alone, in blocks.
+        `segment_ids_BL` is 1 for real tokens and 0 for padding, on the left of prompts for a
+        `KVCache` and on the right for a `PagedCache`; `positions_BL` counts real tokens only. The
+        caller keeps the tokens within the capacity. `empty` says that the cache is, so that a
+        prompt attends to itself alone, in blocks.
         """
         if self.config.moe is not None and self.config.moe.routing == "expert_choice":
             raise UserError(
                 "this model's experts choose among all tokens of a sequence (expert_choice), later "
                 "ones included, so it cannot generate"
             )
-        segments_BS = jax.lax.dynamic_update_slice_in_dim(
-            cache.segment_ids_BS, segment_ids_BL.astype(jnp.int32), cache.length, axis=1
-        )
-        cache = dataclasses.replace(cache, segment_ids_BS=segments_BS)
         output = self.trunk(
             self.embedder(tokens_BL),
             positions_BL=positions_BL,
             segment_ids_BL=segment_ids_BL,
-            cache=cache,
+            cache=cache.marked(segment_ids_BL),
             cache_is_empty=empty,
         )
-        assert output.cache is not None
-        return output.hidden_BLD, output.cache
+        return output.hidden_BLD, cast(Cache, output.cache)
 
     def layer_outputs(self, x_BLD: jax.Array, offsets_NBLD: jax.Array | None = None) -> jax.Array:
         """Hidden states [N, B, L, D] after every layer, for studies of the network itself.
@@ -266,7 +260,7 @@ class Decoder(nnx.Module):
         *,
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedCache | None = None,
         cache_is_empty: bool = False,
     ) -> TrunkOutput:
         """All layers and the final norm on inputs [B, L, D]."""
@@ -280,31 +274,29 @@ class Decoder(nnx.Module):
         cos_sin = apart(rotation(positions_BL, inv_freq))
         graphdef, stacked = nnx.split(self.blocks)
 
-        start = 0 if cache is None or cache_is_empty else cache.length
-
-        def layer(x_BLD, scanned):
-            params, layer_cache = scanned
-            block = nnx.merge(graphdef, params)
-            x_BLD, updated, routing = block(
-                x_BLD,
-                cos_sin,
-                segment_ids_BL,
-                None if cache is None else cache.segment_ids_BS,
-                None if cache is None else (*layer_cache, start),
+        def layer(carry, scanned):
+            x_BLD, stored = carry
+            params, number = scanned
+            layer_cache = None
+            if cache is not None:
+                layer_cache = cache.layer(stored, number, segment_ids_BL, empty=cache_is_empty)
+            x_BLD, layer_cache, routing = nnx.merge(graphdef, params)(
+                x_BLD, cos_sin, segment_ids_BL, layer_cache
             )
-            return x_BLD, (updated, routing)
+            return (x_BLD, None if layer_cache is None else layer_cache.stored), routing
 
         layer = rematerialise(layer, self.execution.remat)
-        layer_caches = None if cache is None else (cache.k_NBSKH, cache.v_NBSKH)
-        unroll = self.config.n_layers if self.execution.unroll_layers else 1
-        x_BLD, (updated, routing) = jax.lax.scan(
-            layer, x_BLD, (stacked, layer_caches), unroll=unroll
+        n_layers = self.config.n_layers
+        unroll = n_layers if self.execution.unroll_layers else 1
+        # The cache is carried, not scanned: a scan would write all of it anew.
+        stored = None if cache is None else cache.stored
+        numbers = jnp.arange(n_layers, dtype=jnp.int32)
+        (x_BLD, stored), routing = jax.lax.scan(
+            layer, (x_BLD, stored), (stacked, numbers), unroll=unroll
         )
-        if cache is not None and updated is not None:
-            k_NBSKH, v_NBSKH = updated
-            cache = dataclasses.replace(
-                cache, k_NBSKH=k_NBSKH, v_NBSKH=v_NBSKH, length=cache.length + length
-            )
+        if cache is not None:
+            assert segment_ids_BL is not None
+            cache = cache.grown(stored, segment_ids_BL)
         return TrunkOutput(self.final_norm(x_BLD), cache, routing)
 
 

@@ -1,6 +1,7 @@
 """Key/value cache for generation."""
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,74 @@ class KVCache:
     def capacity(self) -> int:
         """Number of slots S."""
         return self.k_NBSKH.shape[2]
+
+    @property
+    def stored(self) -> tuple[jax.Array, jax.Array]:
+        """What the layers write to."""
+        return self.k_NBSKH, self.v_NBSKH
+
+    def marked(self, segment_ids_BL: jax.Array) -> Self:
+        """The cache that knows which of the tokens about to come are real."""
+        segment_ids_BS = jax.lax.dynamic_update_slice_in_dim(
+            self.segment_ids_BS, segment_ids_BL.astype(jnp.int32), self.length, axis=1
+        )
+        return dataclasses.replace(self, segment_ids_BS=segment_ids_BS)
+
+    def layer(self, stored, number, segment_ids_BL, *, empty: bool) -> "LayerCache":
+        """The part of layer `number`, int32 scalar, of what the layers before have `stored`."""
+        del segment_ids_BL
+        k_NBSKH, v_NBSKH = stored
+        start = 0 if empty else self.length
+        return LayerCache(k_NBSKH, v_NBSKH, number, self.segment_ids_BS, start)
+
+    def grown(self, stored, segment_ids_BL: jax.Array) -> Self:
+        """The cache after all layers."""
+        k_NBSKH, v_NBSKH = stored
+        length = self.length + segment_ids_BL.shape[1]
+        return dataclasses.replace(self, k_NBSKH=k_NBSKH, v_NBSKH=v_NBSKH, length=length)
+
+
+@dataclasses.dataclass
+class LayerCache:
+    """One layer's part of a cache while its tokens are read.
+
+    Holds the keys and values of all layers: they are written in place, where cutting a layer out
+    and putting it back would copy it.
+    """
+
+    k_NBSKH: jax.Array
+    v_NBSKH: jax.Array
+    layer: jax.Array
+    """int32 scalar."""
+    segment_ids_BS: jax.Array
+    """Of all slots, those of the new tokens too."""
+    start: jax.Array | int
+    """Slot of the first new token; a Python 0 where the cache is known to be empty."""
+
+    @property
+    def stored(self) -> tuple[jax.Array, jax.Array]:
+        """See `KVCache.stored`."""
+        return self.k_NBSKH, self.v_NBSKH
+
+    def append(
+        self, k_BLKH: jax.Array, v_BLKH: jax.Array
+    ) -> tuple["LayerCache", jax.Array, jax.Array]:
+        """The cache with the new tokens, and the keys and values [B, S, K, H] they may see.
+
+        S is the capacity, or the new tokens alone where the cache is known to be empty.
+        """
+        k_BLKH, v_BLKH = k_BLKH.astype(self.k_NBSKH.dtype), v_BLKH.astype(self.v_NBSKH.dtype)
+        at = (self.layer, 0, self.start, 0, 0)
+        grown = dataclasses.replace(
+            self,
+            k_NBSKH=jax.lax.dynamic_update_slice(self.k_NBSKH, k_BLKH[None], at),
+            v_NBSKH=jax.lax.dynamic_update_slice(self.v_NBSKH, v_BLKH[None], at),
+        )
+        if isinstance(self.start, int) and self.start == 0:
+            return grown, k_BLKH, v_BLKH
+        k_BSKH = jax.lax.dynamic_index_in_dim(grown.k_NBSKH, self.layer, keepdims=False)
+        v_BSKH = jax.lax.dynamic_index_in_dim(grown.v_NBSKH, self.layer, keepdims=False)
+        return grown, k_BSKH, v_BSKH
 
 
 def init_cache(
