@@ -51,14 +51,15 @@ def tiles(tokens: int, width: int, vocab: int, itemsize: int) -> Tiles:
     Arithmetic per byte of the streamed operand grows with the tokens of a tile, so these come
     first; the bytes of a tile of hidden states bound them.
     """
-    most = max(128, 2 * MIB * 2 // (width * itemsize) // 128 * 128)
-    align = 32 // itemsize
-    rows = [_even(tokens, limit, align) for limit in (min(most, 1024), min(most, 1024))]
+    # float32 products work on several bfloat16 pieces of their operands, which take VMEM too.
+    tile_bytes = (2 if itemsize == 4 else 4) * MIB
+    most = max(128, min(1024, tile_bytes // (width * itemsize) // 128 * 128))
+    rows = _even(tokens, most, 32 // itemsize if tokens <= most else LANES)
     columns = max(LANES, min(512, 2 * MIB // (width * itemsize) // LANES * LANES))
     columns = _dividing(vocab, columns)
     # Fewer than `SLOTS` tiles would be fetched again before they have left.
     backward = min(columns, max(LANES, vocab // SLOTS // LANES * LANES))
-    return Tiles((rows[0], columns), (rows[1], backward), 256)
+    return Tiles((rows, columns), (rows, backward), 256)
 
 
 def _even(size: int, limit: int, align: int) -> int:
@@ -320,7 +321,8 @@ def _backward_vmem(sizes: Tiles, width: int, itemsize: int) -> int:
     rows, columns = sizes.backward
     blocks = itemsize * width * (2 * rows + 2 * columns) + 2 * 4 * 4 * rows * LANES
     results = rows * width * (4 + 4 + itemsize) + (SLOTS + 1) * 4 * width * columns
-    return max(32 * MIB, blocks + results + rows * columns * (itemsize + 8) + 2 * MIB)
+    pieces = 2 * itemsize * width * (2 * rows + columns) if itemsize == 4 else 0
+    return max(32 * MIB, blocks + results + pieces + rows * columns * (itemsize + 8) + 2 * MIB)
 
 
 def _backward_kernel(

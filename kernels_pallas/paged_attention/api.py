@@ -16,11 +16,12 @@ IMPLEMENTATIONS = {
 
 def choose(q: jax.Array, k_pages: jax.Array, page_table: jax.Array) -> str:
     """The best implementation for these arguments on the default backend: `pallas_tpu` on TPUs
-    where it takes them, else `blocked`.
+    where it takes them as they lie in HBM, else `blocked`.
     """
-    if jax.default_backend() == "tpu" and not pallas_tpu.unsupported(q, k_pages, page_table):
-        return "pallas_tpu"
-    return "blocked"
+    if jax.default_backend() != "tpu" or pallas_tpu.unsupported(q, k_pages, page_table):
+        return "blocked"
+    # Pages of another width would be copied into whole lanes at every call.
+    return "blocked" if k_pages.shape[2] % pallas_tpu.LANES else "pallas_tpu"
 
 
 def paged_attention(
@@ -47,7 +48,8 @@ def paged_attention(
         each in 0 .. P - 1, cut to that range. Entries behind a sequence's end are not read.
       scale: multiplies the scores; 1 / sqrt(H) when None.
       implementation: `reference` (gathers all pages), `blocked` (a few pages of every sequence at
-        one time, up to the longest length; XLA), `pallas_tpu`, or None for the best one here.
+        one time, up to the longest length; XLA), `pallas_tpu` (copies the pages first where K * H is
+        no multiple of 128), or None for the best one here.
       interpret: `pallas_tpu` without a TPU: True, or `pltpu.InterpretParams(...)` to simulate its
         memories.
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.tpu_only import tpu_only
 
+LANES = 128
 BUFFER_BYTES = 2**20
 """Of keys fetched at one time, about."""
 NEVER = -1e30
