@@ -48,8 +48,8 @@ def paged_attention(
         each in 0 .. P - 1, cut to that range. Entries behind a sequence's end are not read.
       scale: multiplies the scores; 1 / sqrt(H) when None.
       implementation: `reference` (gathers all pages), `blocked` (a few pages of every sequence at
-        one time, up to the longest length; XLA), `pallas_tpu` (copies the pages first where K * H is
-        no multiple of 128), or None for the best one here.
+        one time, up to the longest length; XLA), `pallas_tpu` (copies the pages first where K * H
+        is no multiple of 128), or None for the best one here.
       interpret: `pallas_tpu` without a TPU: True, or `pltpu.InterpretParams(...)` to simulate its
         memories.
 
