@@ -155,6 +155,7 @@ def test_calls_of_similar_shape_do_not_compile_again(model):
         (dict(top_k=-1), "top_k -1"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
         (dict(seed=-1), "seed -1 must be from 0"),
+        (dict(cache="rolling"), "cache 'rolling' is none of contiguous, paged"),
     ],
 )
 def test_bad_arguments(model, change, message):

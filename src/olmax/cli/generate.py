@@ -40,6 +40,9 @@ class Generate:
     """Prompts continued at one time."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of parameters and matrix products."""
+    cache: Literal["paged", "contiguous"] = "paged"
+    """Layout of the keys and values: a prompt takes memory and time for its own length (paged), or
+    for that of the longest beside it."""
     mesh: str | None = None
     """Devices to use, such as fsdp=4,tensor=2; one device when left out."""
 
@@ -71,6 +74,7 @@ class Generate:
             seed=self.seed,
             stop=self.stop,
             batch_size=self.batch_size,
+            cache=self.cache,
             names=names,
             on_text=_print if self.prompt is not None else None,
             progress=self.prompts is not None,

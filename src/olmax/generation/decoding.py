@@ -8,7 +8,7 @@ its own length: short prompts are read apart from long ones, and attention ends 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,8 @@ def complete(
         raise UserError(
             f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1"
         )
+    if cache not in get_args(CacheKind):
+        raise UserError(f"cache {cache!r} is none of {', '.join(get_args(CacheKind))}")
     stops = as_ids(list(stop_token_ids), config, "stop_token_ids")
     names = names or [f"prompt {i}" for i in range(len(prompts))]
     rows = []
