@@ -256,8 +256,8 @@ def read_runs(
     runs = []
     for file in files:
         match = _FILE_NAME.match(file.name)
-        given = (sizes or {}).get(match["size"]) if match else None
-        runs.append(read_run(file, parameters=given))
+        label = match["size"] if match else file.name.removesuffix(".csv")
+        runs.append(read_run(file, parameters=(sizes or {}).get(label)))
     seen: dict[str, Run] = {}
     for run in runs:
         if run.sha256 in seen:
