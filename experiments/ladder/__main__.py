@@ -1,21 +1,26 @@
 """`python -m experiments.ladder <stage> [options]`."""
 
 import dataclasses
+import functools
+import operator
 import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from experiments.ladder.presets import Ladder, get_ladder
 from experiments.ladder.released import default_directory
+from olmax import cpu_tuning
 from olmax.errors import UserError
 
 
 def _console() -> Console:
     console = Console()
+    # A log file has no width of its own; tables should not be squeezed into 80 columns there.
     return console if console.is_terminal else Console(width=150)
 
 
@@ -24,23 +29,47 @@ def _say(text: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Print the ladder: every run with batch, learning rate, warm-up, steps, tokens and FLOPs."""
+class Stage:
+    """Train a ladder, predict a larger model, train that one, and compare.
 
-    sizes: tuple[str, ...] = ("190M", "370M", "760M", "1.3B")
-    """Of 190M, 370M, 600M, 760M, 1.3B, 3.2B."""
-    lengths: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
-    """Multiples of 20 tokens per parameter."""
+    A stage that is complete is reused, one that was interrupted continues. Options under `ladder`
+    belong to the preset and can be overridden.
+    """
+
+    ladder: Ladder
+    name: tyro.conf.Suppress[str] = "all"
+    preset: str = "tiny"
+    """The ladder to start from: tiny, smoke or paper."""
+    dry_run: bool = False
+    """Print the whole ladder with its compute and its time on TPUs, and do nothing."""
+    topology: str = "v5p:2x2x4"
+    """TPU slice that the dry run plans for; `none` leaves the planning out."""
+    overwrite: bool = False
+    """Do trained runs anew whose settings have changed; what they left is removed."""
 
     def run(self) -> None:
-        """Prints the table."""
-        from experiments.ladder.recipe import ladder, ladder_table
-        from olmax.scaling.compute import SIZES
+        """Runs the stage."""
+        if self.dry_run:
+            from experiments.ladder.dry_run import print_plan
 
-        for size in self.sizes:
-            if size not in SIZES:
-                raise UserError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
-        _console().print(ladder_table(ladder(self.sizes, self.lengths)).rich())
+            topology = None if self.topology == "none" else self.topology
+            print_plan(self.ladder, topology, _console())
+            return
+        from experiments.ladder import pipeline
+        from olmax import distributed
+
+        distributed.initialize()
+        pipeline.run(self.ladder, self.name, _console(), overwrite=self.overwrite)
+
+
+STAGES = {
+    "all": "Everything: prepare, train, predict, target, report.",
+    "prepare": "Tokenizer, packed data, questions.",
+    "train": "The runs that are fitted, each into a CSV file in the released format.",
+    "predict": "Fit the runs and write down what the target will score.",
+    "target": "Train the target; needs the prediction.",
+    "report": "Set prediction and target side by side.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,24 +220,57 @@ class Speed:
         _console().print(table.rich())
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Model ladders and task scaling laws."""
+def parse(argv: Sequence[str] | None = None) -> Any:
+    """The command with the preset filled in.
 
-    stage: Annotated[
-        Recipe | Reproduce | Coverage | Choose | Speed, tyro.conf.OmitSubcommandPrefixes
+    Raises:
+      UserError: unknown preset.
+      SystemExit: status 2 for other mistakes, 0 after --help.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    ladder = get_ladder(_preset(argv))
+    stages = [
+        Annotated[
+            Stage,
+            tyro.conf.subcommand(name, default=Stage(ladder, name), description=text),
+        ]
+        for name, text in STAGES.items()
     ]
+    studies = [
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())]
+        for kind in (Reproduce, Coverage, Choose, Speed)
+    ]
+    commands: Any = functools.reduce(operator.or_, [*stages, *studies])
+    return tyro.cli(
+        commands,
+        args=argv,
+        prog="python -m experiments.ladder",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _preset(argv: Sequence[str]) -> str:
+    """The value of --preset, needed before the options can be built from it."""
+    for number, word in enumerate(argv):
+        if word == "--preset" and number + 1 < len(argv):
+            return argv[number + 1]
+        if word.startswith("--preset="):
+            return word.partition("=")[2]
+    return "tiny"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a stage and returns the exit status."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    command = tyro.cli(Command, prog="python -m experiments.ladder", args=argv)
+    """Runs a command; the exit status is 0, 2 for bad input, 130 when interrupted."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    cpu_tuning.apply()
     try:
-        command.stage.run()
+        parse(argv).run()
     except UserError as error:
-        print(f"ladder: {error}", file=sys.stderr)
+        print(f"experiments.ladder: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("experiments.ladder: interrupted; run again to continue", file=sys.stderr)
+        return 130
     return 0
 
 

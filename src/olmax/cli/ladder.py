@@ -134,7 +134,7 @@ class Fit:
         for target in targets:
             console.print(prediction_table(saved.predict(target), target.name).rich())
         for run in held:
-            console.print(prediction_table(_compared(saved, run), run.name).rich())
+            console.print(prediction_table(saved.compare(run), run.name).rich())
         warnings = [*fit.warnings, *flat]
         for target in [*targets, *map(scaling.Target.of, held)]:
             warnings += scaling.saved.target_warnings(fit, target)
@@ -200,7 +200,7 @@ class Report:
         _check_provenance(self.fit, saved.fit, runs)
         held = scaling.read_runs(self.target_runs, sizes=sizes)
         predictions = {target.name: saved.predict(target) for target in targets}
-        predictions |= {run.name: _compared(saved, run) for run in held}
+        predictions |= {run.name: saved.compare(run) for run in held}
         warnings = list(saved.fit.warnings)
         for target in [*targets, *map(scaling.Target.of, held)]:
             warnings += scaling.saved.target_warnings(saved.fit, target)
@@ -284,15 +284,6 @@ def _console():
     console = Console()
     # A file or a pipe has no width of its own; tables must not be cut there.
     return console if console.is_terminal else Console(width=130)
-
-
-def _compared(saved, run: "Run"):
-    from olmax.scaling import Target
-
-    table = saved.fit.compare(run)
-    if saved.draws is None:
-        return table
-    return table.join(saved.draws.table(Target.of(run)))
 
 
 def _flat_warnings(runs: list["Run"], fit: "LadderFit", targets: list["Target"]) -> list[str]:

@@ -124,9 +124,9 @@ class Suite:
             raise UserError(f"limit {limit} must be at least 1")
         self.tasks = list(tasks)
         self.prefix_id = scoring.prefix_token(tokenizer)
-        self._questions = [requests.sample_questions(task, limit) for task in self.tasks]
+        self.questions = [requests.sample_questions(task, limit) for task in self.tasks]
         pairs: list[tuple[str, str]] = []
-        for questions in self._questions:
+        for questions in self.questions:
             for choice in (choice for question in questions for choice in question.choices):
                 pairs.append((choice.context, choice.continuation))
                 if pmi and choice.unconditional_context is not None:
@@ -143,6 +143,23 @@ class Suite:
         progress: bool = False,
     ) -> Results:
         """Scores everything; the arguments are those of `scoring.score`."""
+        scored = self.score(model, batch_tokens=batch_tokens, mesh=mesh, progress=progress)
+        results = []
+        for task, questions in zip(self.tasks, scored, strict=True):
+            primary = metrics.primary_metric(task.name, task.has_choices, task.settings)
+            found = metrics.aggregate(questions)
+            results.append(TaskResult(task.name, primary, len(questions), found))
+        return Results(tuple(results))
+
+    def score(
+        self,
+        model: Decoder,
+        *,
+        batch_tokens: int = scoring.BATCH_TOKENS,
+        mesh: Mesh | None = None,
+        progress: bool = False,
+    ) -> list[list[ScoredQuestion]]:
+        """The scored `questions` of every task; arguments are those of `scoring.score`."""
         scores = iter(
             scoring.score(
                 model,
@@ -153,18 +170,16 @@ class Suite:
                 progress=progress,
             )
         )
-        results = []
-        for task, questions in zip(self.tasks, self._questions, strict=True):
-            scored = [
+        return [
+            [
                 ScoredQuestion(
                     tuple(self._scored(choice, scores) for choice in question.choices),
                     question.gold,
                 )
                 for question in questions
             ]
-            primary = metrics.primary_metric(task.name, task.has_choices, task.settings)
-            results.append(TaskResult(task.name, primary, len(scored), metrics.aggregate(scored)))
-        return Results(tuple(results))
+            for questions in self.questions
+        ]
 
     def in_loop(self, model: Decoder) -> dict[str, float]:
         """`<task>/<metric>` -> value: the primary metric and bits per byte of every task. Usable as

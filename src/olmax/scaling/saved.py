@@ -12,6 +12,7 @@ from olmax.errors import UserError
 from olmax.reporting.files import write_text
 from olmax.scaling.fit import LadderFit, LawFit, Target, TaskFit
 from olmax.scaling.procedure import Procedure
+from olmax.scaling.runs import Run
 from olmax.scaling.tasks import Task
 
 FORMAT = 1
@@ -32,6 +33,13 @@ class SavedLadder:
         """
         table = self.fit.predict(target)
         return table if self.draws is None else table.join(self.draws.table(target, level=level))
+
+    def compare(self, run: Run, *, level: float = 0.9) -> pd.DataFrame:
+        """As `LadderFit.compare`, with the columns of the draws when there are any."""
+        table = self.fit.compare(run)
+        if self.draws is None:
+            return table
+        return table.join(self.draws.table(Target.of(run), level=level))
 
     def warnings(self, target: Target) -> list[str]:
         """The fit's warnings and what this target adds to them."""
