@@ -9,17 +9,16 @@ from rich.console import Console
 
 from experiments.ladder.prediction import FIT, PREDICTION, RUNS, TARGET, predict, report
 from experiments.ladder.presets import Ladder
+from experiments.ladder.questions import write_questions
 from experiments.ladder.recipe import Rung
 from experiments.olmo2.preparation import (
     DATA,
-    HELD_OUT,
     REQUESTS,
     TOKENIZER,
     data_directory,
     load_tokenizer,
     open_loader,
     prepare_corpus,
-    prepare_held_out,
 )
 from experiments.olmo2.stages import Stages
 from olmax.data.loader import DataLoader, LoaderOptions
@@ -104,16 +103,14 @@ class _Pipeline:
         with self.stages.run("prepare", settings, outputs=[TOKENIZER, DATA]) as wanted:
             if wanted:
                 prepare_corpus(self.recipe, self.directory, self.console)
-        settings = {"seed": corpus.seed, "evaluation": ladder.evaluation}
-        with self.stages.run(
-            "held-out", settings, after=["prepare"], outputs=[HELD_OUT, REQUESTS]
-        ) as wanted:
+        settings = {"seed": corpus.seed, "questions": ladder.questions}
+        with self.stages.run("questions", settings, outputs=[REQUESTS]) as wanted:
             if wanted:
-                prepare_held_out(self.recipe, corpus, self.directory)
+                write_questions(self.directory / REQUESTS, ladder.questions, corpus.seed)
 
     def _questions(self) -> list[str]:
         """Stages that the tasks come from."""
-        return ["prepare"] if self.ladder.corpus is None else ["prepare", "held-out"]
+        return ["prepare"] if self.ladder.corpus is None else ["prepare", "questions"]
 
     def _train(self) -> None:
         for rung in self.ladder.rungs():
@@ -130,7 +127,6 @@ class _Pipeline:
         determining = config_json.to_json(config)
         settings = {
             "train": {k: v for k, v in determining.items() if k not in _WATCHING},
-            "tasks": list(self.ladder.tasks),
             "every": rung.evaluation_interval,
         }
         training = pathlib.Path(TRAINING) / rung.name
@@ -195,15 +191,7 @@ class _Pipeline:
         )
 
     def _in_loop(self) -> recording.InLoop:
-        ladder = self.ladder
-        paths = ladder.requests or [self.directory / REQUESTS]
-        tasks = read_tasks(paths)
-        if ladder.tasks:
-            known = {task.name: task for task in tasks}
-            missing = [name for name in ladder.tasks if name not in known]
-            if missing:
-                raise UserError(f"no task {missing[0]!r}; there are {', '.join(known)}")
-            tasks = [known[name] for name in ladder.tasks]
+        tasks = read_tasks(self.ladder.requests or [self.directory / REQUESTS])
         return recording.InLoop(Suite(load_tokenizer(self.recipe, self.directory), tasks))
 
     def _predict(self) -> None:

@@ -11,7 +11,7 @@ from experiments.ladder.recipe import (
     LADDER_SIZES,
     Rung,
 )
-from experiments.olmo2.recipe import Anneal, Corpus, Evaluation, Ingredient, Recipe
+from experiments.olmo2.recipe import Anneal, Corpus, Ingredient, Recipe
 from olmax.errors import UserError
 from olmax.models.config import Execution
 from olmax.scaling.compute import PADDED_VOCAB, SIZES, ModelShape
@@ -56,10 +56,8 @@ class Ladder:
     """Directory of prepared data, for ladders that do not embed theirs."""
     requests: tuple[str, ...] = ()
     """Request files of the tasks, likewise."""
-    tasks: tuple[str, ...] = ()
-    """Tasks of the embedded suite that are predicted."""
-    evaluation: Evaluation = Evaluation()
-    """Size of the embedded suite."""
+    questions: int = 0
+    """Questions of each task of the embedded suite."""
     last: int = 5
     """Checkpoints averaged into a run's final values."""
     resamples: int = 1000
@@ -126,7 +124,6 @@ class Ladder:
             data_seed=self.seed,
             corpus=self.corpus,
             data={self.mix: self.data} if self.data else {},
-            evaluation=self.evaluation,
         )
 
 
@@ -183,11 +180,11 @@ def tiny() -> Ladder:
         seq_len=128,
         batch_divisor=1,
         extra_steps=0,
-        evaluations=20,
+        evaluations=15,
         mix="ladder",
         corpus=Corpus(vocab_size=512, mixes=_TINY_MIXES, max_tokens=3_000_000),
-        tasks=("arithmetic_rc", "word_problems_rc", "docs_cloze_rc", "code_identifiers_rc"),
-        evaluation=Evaluation(questions=150, shots=1),
+        questions=150,
+        last=3,
         execution=Execution(unroll_layers=True),
         checkpoint=CheckpointConfig(interval=None, ephemeral_interval=400),
     )
@@ -215,8 +212,7 @@ def smoke() -> Ladder:
         seq_len=64,
         evaluations=5,
         corpus=Corpus(vocab_size=384, mixes=_TINY_MIXES, max_tokens=20_000, tokenizer_bytes=40_000),
-        tasks=("arithmetic_rc", "docs_cloze_rc"),
-        evaluation=Evaluation(questions=8, shots=1),
+        questions=6,
         resamples=40,
         execution=Execution(),
     )

@@ -7,6 +7,7 @@ import numpy as np
 
 from olmax.scaling.prepare import TaskData
 from olmax.scaling.procedure import Procedure
+from olmax.scaling.reference import huber_objective
 from olmax.scaling.runs import Run
 
 CLOSE = 0.02
@@ -81,60 +82,119 @@ def equally_good_range(
     *,
     delta: float,
     tolerance: float = EQUALLY_GOOD,
-    points: int = 41,
+    points: int = 25,
     span: float = 3.0,
+    bisections: int = 6,
 ) -> list[EquallyGood]:
     """Range of step 1's prediction at `target` over fits within `tolerance` of the best objective.
 
-    Each of `points` values between best / span and best * span is forced at the target by a heavy
-    extra point, and everything else is refitted around it: the profile of the objective.
+    A value is forced at the target by a heavy extra point, and everything else is refitted around
+    it: the profile of the objective. It is taken at `points` values between best / span and
+    best * span; the ends of the range are then found by bisection between the last value that fits
+    and the first that does not.
 
     Args:
       prepared: tasks over the same runs.
       target: float64 [inputs].
       delta: of the Huber objective.
+      tolerance: share of the objective.
+      points: of the profile; odd, so that the best value is one of them.
+      span: furthest factor that is looked at; an end there is open.
+      bisections: halvings of the last interval at each end.
     """
     from olmax.scaling import batched
 
     law, inputs = prepared[0].step1_law, prepared[0].inputs
-    runs = prepared[0].runs
     weights = np.stack([data.weights for data in prepared])
     starts = batched.shared_starts(law)
     best = batched.solve_huber(
         law, inputs, np.stack([data.values for data in prepared]), weights, starts, delta=delta
     )
     centres = law(best.parameters, *target)
+    profile = _Profile(prepared, target, delta)
     # Fine near the best value, coarse further out.
     steps = np.linspace(-1, 1, points)
-    factors = np.exp(np.log(span) * np.sign(steps) * np.abs(steps) ** 2.5)
-    values = np.concatenate(
-        [
-            np.column_stack([np.broadcast_to(data.values, (points, runs)), centre * factors])
-            for data, centre in zip(prepared, centres, strict=True)
-        ]
-    )
-    heavy = np.repeat(np.column_stack([weights, 1e3 * weights.sum(1)]), points, 0)
-    extended = np.concatenate([inputs, target[:, None]], 1)
+    logs = np.log(centres)[:, None] + np.log(span) * np.sign(steps) * np.abs(steps) ** 2
+    tasks = np.repeat(np.arange(len(prepared)), points)
     near = np.repeat(best.parameters[:, None], points, 0)
     spread = np.broadcast_to(starts[:4], (len(near), *starts[:4].shape))
-    found = batched.solve_huber(
-        law, extended, values, heavy, np.concatenate([near, spread], 1), delta=delta
-    )
+    found = profile.solve(tasks, logs.ravel(), np.concatenate([near, spread], 1))
     for _ in range(2):
         # The profile is continuous, so a neighbour's solution is a good start.
-        grid = found.parameters.reshape(len(prepared), points, -1)
+        grid = found.reshape(len(prepared), points, -1)
         lent = np.stack([np.roll(grid, shift, 1) for shift in (-1, 1)], 2)
-        lent = lent.reshape(len(values), 2, -1)
-        found = batched.polish_huber(law, extended, values, heavy, lent, delta=delta).better(found)
-    ranges = []
-    for number, data in enumerate(prepared):
-        fits = found.parameters[number * points : (number + 1) * points]
-        plain = batched.huber_objectives(
-            law, inputs, data.values, weights[number][None], fits, delta
+        found = profile.polish(tasks, logs.ravel(), found, lent.reshape(len(tasks), 2, -1))
+    # Few runs can be fitted nearly exactly; residuals of 1e-4 are then as good as none.
+    limits = best.objective * (1 + tolerance) + 0.5e-8 * weights.sum(1)
+    inside = (profile.objective(tasks, found) <= limits[tasks]).reshape(len(prepared), points)
+    grid = found.reshape(len(prepared), points, -1)
+    middle = points // 2
+    inside[:, middle], grid[:, middle] = True, best.parameters
+    # One search at each end of each task: from `good`, which fits, towards `bad`, which does not.
+    ends = np.array([[np.flatnonzero(row)[0], np.flatnonzero(row)[-1]] for row in inside])
+    good = ends.ravel()
+    bad = np.clip(np.add(ends, [-1, 1]), 0, points - 1).ravel()
+    both = np.repeat(np.arange(len(prepared)), 2)
+    fits, others = grid[both, good], grid[both, bad]
+    low, high = logs[both, good], logs[both, bad]
+    for _ in range(bisections):
+        halfway = (low + high) / 2
+        trial = profile.solve(both, halfway, np.stack([fits, others], 1))
+        fine = profile.objective(both, trial) <= limits[both]
+        fits = np.where(fine[:, None], trial, fits)
+        others = np.where(fine[:, None], others, trial)
+        low, high = np.where(fine, halfway, low), np.where(fine, high, halfway)
+    reached = law(fits, *target).reshape(-1, 2)
+    return [
+        EquallyGood(float(c), float(min(c, a)), float(max(c, b)))
+        for c, (a, b) in zip(centres, reached, strict=True)
+    ]
+
+
+class _Profile:
+    """Refits of step 1 with a value forced at the target."""
+
+    def __init__(self, prepared: Sequence[TaskData], target: np.ndarray, delta: float):
+        self._law, self._delta = prepared[0].step1_law, delta
+        self._plain = prepared[0].inputs
+        self._inputs = np.concatenate([prepared[0].inputs, target[:, None]], 1)
+        self._values = np.stack([data.values for data in prepared])
+        self._weights = np.stack([data.weights for data in prepared])
+
+    def _problem(self, tasks: np.ndarray, logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weights = self._weights[tasks]
+        values = np.column_stack([self._values[tasks], np.exp(logs)])
+        return values, np.column_stack([weights, 1e3 * weights.sum(1)])
+
+    def solve(self, tasks: np.ndarray, logs: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Parameters [R, P] of task `tasks[r]` with exp(logs[r]) at the target."""
+        from olmax.scaling import batched
+
+        values, weights = self._problem(tasks, logs)
+        found = batched.solve_huber(
+            self._law, self._inputs, values, weights, starts, delta=self._delta
         )
-        # Few runs can be fitted nearly exactly; residuals of 1e-4 are then as good as none.
-        limit = best.objective[number] * (1 + tolerance) + 0.5e-8 * data.weights.sum()
-        reached = law(fits, *target)
-        inside = np.append(reached[plain[0] <= limit], centres[number])
-        ranges.append(EquallyGood(float(centres[number]), float(inside.min()), float(inside.max())))
-    return ranges
+        return self.polish(tasks, logs, found.parameters, starts)
+
+    def polish(
+        self, tasks: np.ndarray, logs: np.ndarray, known: np.ndarray, starts: np.ndarray
+    ) -> np.ndarray:
+        """As `solve`, downhill from `known` [R, P] and `starts` [R, S, P]."""
+        from olmax.scaling import batched
+
+        values, weights = self._problem(tasks, logs)
+        starts = np.concatenate([known[:, None], starts], 1)
+        return batched.polish_huber(
+            self._law, self._inputs, values, weights, starts, delta=self._delta
+        ).parameters
+
+    def objective(self, tasks: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+        """float64 [R]: what the runs alone make of parameters [R, P]."""
+        return np.array(
+            [
+                huber_objective(
+                    self._law, p, self._plain, self._values[t], self._weights[t], self._delta
+                )
+                for t, p in zip(tasks, parameters, strict=True)
+            ]
+        )
