@@ -42,8 +42,6 @@ class Stage:
     """The ladder to start from: tiny, smoke or paper."""
     dry_run: bool = False
     """Print the whole ladder with its compute and its time on TPUs, and do nothing."""
-    topology: str = "v5p:2x2x4"
-    """TPU slice that the dry run plans for; `none` leaves the planning out."""
     overwrite: bool = False
     """Do trained runs anew whose settings have changed; what they left is removed."""
 
@@ -52,8 +50,7 @@ class Stage:
         if self.dry_run:
             from experiments.ladder.dry_run import print_plan
 
-            topology = None if self.topology == "none" else self.topology
-            print_plan(self.ladder, topology, _console())
+            print_plan(self.ladder, _console())
             return
         from experiments.ladder import pipeline
         from olmax import distributed

@@ -68,6 +68,8 @@ class Ladder:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: str = "fsdp=-1"
     """Devices along the mesh axes."""
+    topology: str = ""
+    """TPU slice that a dry run plans for; empty: none."""
     run_dir: str = ""
     """Where results go; empty: `runs/ladder-<name>`."""
 
@@ -149,6 +151,7 @@ def paper() -> Ladder:
         target_length=28.6389,
         execution=Execution(compute_dtype="bfloat16", remat="full"),
         checkpoint=CheckpointConfig(interval=None, ephemeral_interval=500),
+        topology="v5p:2x2x4",
     )
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import math
 
 from olmax.models.config import DecoderConfig, Execution
-from olmax.reporting.tables import Column, Table
 from olmax.scaling.compute import SIZES, ModelShape
 from olmax.training.config import CheckpointConfig, TrainConfig
 from olmax.training.objectives import NextToken
@@ -165,40 +164,3 @@ def ladder(
 ) -> list[Rung]:
     """All runs of a ladder, by size and then length."""
     return [rung(size, length) for size in sizes for length in lengths]
-
-
-def ladder_table(rungs: list[Rung]) -> Table:
-    """What would be trained, run by run, with its compute and the total."""
-    columns = [
-        Column("run", align="left"),
-        "N",
-        Column("batch", digits=0),
-        Column("peak LR", align="right"),
-        "warm-up",
-        "steps",
-        "tokens",
-        "FLOPs/token",
-        Column("FLOPs", align="right"),
-    ]
-    rows = [
-        [
-            r.name,
-            r.shape.parameters,
-            r.batch_size,
-            f"{r.learning_rate:.4e}",
-            r.warmup_steps,
-            r.steps,
-            r.tokens,
-            r.shape.flops_per_token,
-            f"{r.flops:.3e}",
-        ]
-        for r in rungs
-    ]
-    total = sum(r.flops for r in rungs)
-    simple = sum(6.0 * r.shape.parameters * r.tokens for r in rungs)
-    return Table(
-        columns,
-        rows,
-        title="Ladder",
-        caption=f"{total:.3e} FLOPs in total as counted per token, {simple:.3e} as 6ND.",
-    )

@@ -1,6 +1,7 @@
 """The published procedure on the released runs."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ import pytest
 from olmax import scaling
 from olmax.errors import UserError
 from olmax.scaling import fit as fitting
+from olmax.scaling import reference
+from olmax.scaling.laws import NEGATIVE_POWER_ND
+from olmax.scaling.prepare import prepare
 from olmax.scaling.procedure import VARIANTS
 from olmax.scaling.variance import VARIANCE_TASKS, checkpoint_scatter, correlation
 
@@ -46,12 +50,37 @@ def test_fit_errors_equal_the_authors(released, fit):
         assert fit.tasks[task].step1.fit_error == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.xfail(reason="one of the 16 predictions is 5.3e-6 off the printed one")
 def test_direct_accuracy_collapses_as_published(released, runs, target_runs):
     fit = scaling.fit_ladder(runs, procedure=VARIANTS["direct_accuracy"], check=False)
     table = fit.compare(target_runs[1])
     for task, value in authors(released, "step1_acc_main", "Pred").items():
-        assert table.loc[task, "accuracy"] == pytest.approx(value, abs=5e-6)
+        # Social IQa's fit does not converge: it stops in a flat valley with alpha near 0.004, at a
+        # place that rounding chooses (see the next test).
+        tolerance = 1e-4 if task == "socialiqa_val" else 1e-7
+        assert table.loc[task, "accuracy"] == pytest.approx(value, abs=tolerance)
+    # The others' constant is where the first step led out of the logarithm's domain.
+    stuck = [name for name, task in fit.tasks.items() if not np.isfinite(task.step1.objective)]
+    assert {"mmlu", "hellaswag_val", "arc_challenge_test", "openbookqa_test"} <= set(stuck)
+    assert "not converged" in fit.tasks["mmlu"].step1.status()
+
+
+def test_where_social_iqa_stops_depends_on_rounding(runs, target_runs):
+    law = NEGATIVE_POWER_ND
+
+    def in_powers(xp, p, x):
+        first, second = xp.exp(p[0]) / x[0] ** p[2], xp.exp(p[1]) / x[1] ** p[3]
+        slopes = [-first, -second, xp.log(x[0]) * first, xp.log(x[1]) * second, xp.ones_like(first)]
+        return p[4] - first - second, slopes
+
+    data = prepare(runs, scaling.TASKS["socialiqa_val"], VARIANTS["direct_accuracy"])
+    target = scaling.Target.of(target_runs[1]).inputs(VARIANTS["direct_accuracy"])
+    same = dataclasses.replace(law, function=in_powers)
+    one, other = (
+        reference.minimise_huber(version, data.inputs, data.values) for version in (law, same)
+    )
+    assert one.objective == pytest.approx(other.objective, rel=1e-3)
+    # The printed prediction, 5.3e-6 from ours, lies within what rounding alone changes.
+    assert abs(law(one.parameters, *target) - law(other.parameters, *target)) > 5e-6
 
 
 def test_c4_step_one_is_one_fit(released, runs, target_runs):
@@ -104,8 +133,6 @@ def test_too_few_runs_and_no_runs(runs):
 
 
 def test_flops_need_flops_per_token(runs):
-    import dataclasses
-
     unknown = [dataclasses.replace(run, flops_per_token=None) for run in runs]
     with pytest.raises(UserError, match="FLOPs per token are not known"):
         scaling.fit_ladder(unknown, procedure=VARIANTS["flops"], check=False)
@@ -122,10 +149,6 @@ def test_a_frame_in_memory_fits_like_a_file(runs, fit):
 
 
 def test_run_weights_and_chance_floor_change_what_they_should(runs):
-    import dataclasses
-
-    from olmax.scaling.prepare import prepare
-
     task = scaling.TASKS["csqa_val"]
     floor = dataclasses.replace(scaling.PUBLISHED, floor="chance")
     fitted = scaling.fit_ladder(runs, tasks=[task], procedure=floor, check=False).tasks["csqa_val"]

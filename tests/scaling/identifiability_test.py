@@ -27,13 +27,13 @@ def test_the_whole_ladder_raises_no_warning(runs):
     assert design_warnings([r for r in runs if r.size != "1.3B"], scaling.PUBLISHED) == []
 
 
-@pytest.mark.xfail(reason="the search stops at 0.819, inside the equally good range")
 def test_two_sizes_leave_the_prediction_open(runs):
     task = scaling.TASKS["mmlu"]
     target = SEVEN.inputs(scaling.PUBLISHED)
     two = [r for r in runs if r.size in ("190M", "370M")]
     (open_,) = equally_good_range([prepare(two, task, scaling.PUBLISHED)], target, delta=1e-3)
-    assert open_.flat and open_.low < 0.81 and open_.high > 1.05
+    # Scipy from 150 random starts finds equal objectives from 0.7995 to 1.083.
+    assert open_.flat and open_.low < 0.805 and open_.high > 1.08
     (closed,) = equally_good_range([prepare(runs, task, scaling.PUBLISHED)], target, delta=1e-3)
     assert closed.low <= 0.7869 <= closed.high
     assert closed.relative_width < open_.relative_width / 3

@@ -35,6 +35,8 @@ class Plan:
     """Length of the run, for days and price."""
     price_per_chip_hour: float | None = None
     """US dollars; the on-demand list price when left out."""
+    ladder: str | None = None
+    """Fit that `olmax ladder fit` wrote: predict task scores, and find the same scores for less."""
     output: str | None = None
     """plan.json to write."""
     html: str | None = None
@@ -68,6 +70,12 @@ class Plan:
         if missing:
             raise UserError(f"a plan needs {', '.join(missing)} (or --compare A.json B.json)")
         assert self.model and self.topology and self.batch_size is not None
+        saved = None
+        if self.ladder is not None:
+            # Read first: a plan takes a while.
+            from olmax.scaling.saved import load as load_ladder
+
+            saved = load_ladder(self.ladder)
         plan = make(
             self.model,
             self.topology,
@@ -91,6 +99,10 @@ class Plan:
         if self.explain and plan["step_seconds"] is not None:
             console.print(view.part_table(plan).rich())
             console.print(view.collective_table(plan).rich())
+        if saved is not None:
+            from olmax.scaling.budget import add_outlook
+
+            add_outlook(saved, plan, self.model, self.sequence_length, console)
         if self.output:
             write_json(self.output, plan)
         if self.html:

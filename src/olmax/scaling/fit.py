@@ -38,8 +38,8 @@ class LawFit:
 
     @property
     def converged(self) -> bool:
-        """Whether no other start led to a clearly better fit."""
-        return self.excess is None or self.excess <= EXCESS
+        """Whether the objective is a number and no other start led to a clearly better fit."""
+        return bool(np.isfinite(self.objective)) and (self.excess is None or self.excess <= EXCESS)
 
     @property
     def vector(self) -> np.ndarray:
@@ -52,7 +52,9 @@ class LawFit:
     def status(self) -> str:
         """What a reader has to know before using the fit; empty when nothing."""
         notes = []
-        if not self.converged:
+        if not np.isfinite(self.objective):
+            notes.append("not converged (the objective is not a number where it stopped)")
+        elif not self.converged:
             notes.append(
                 f"not converged (objective {self.excess:.1%} above the best of many starts)"
             )
@@ -241,4 +243,6 @@ def _checked(prepared: list[TaskData], fits: dict[str, TaskFit], procedure: Proc
 
 
 def _with_excess(fit: LawFit, best: float) -> LawFit:
+    if not np.isfinite(fit.objective):
+        return dataclasses.replace(fit, excess=np.inf)
     return dataclasses.replace(fit, excess=max(0.0, fit.objective / max(best, 1e-300) - 1))

@@ -84,14 +84,13 @@ def equally_good_range(
     tolerance: float = EQUALLY_GOOD,
     points: int = 25,
     span: float = 3.0,
-    bisections: int = 6,
+    refinement: int = 15,
 ) -> list[EquallyGood]:
     """Range of step 1's prediction at `target` over fits within `tolerance` of the best objective.
 
     A value is forced at the target by a heavy extra point, and everything else is refitted around
     it: the profile of the objective. It is taken at `points` values between best / span and
-    best * span; the ends of the range are then found by bisection between the last value that fits
-    and the first that does not.
+    best * span, and finely between the last value that fits and the first that does not.
 
     Args:
       prepared: tasks over the same runs.
@@ -100,7 +99,7 @@ def equally_good_range(
       tolerance: share of the objective.
       points: of the profile; odd, so that the best value is one of them.
       span: furthest factor that is looked at; an end there is open.
-      bisections: halvings of the last interval at each end.
+      refinement: values between those two.
     """
     from olmax.scaling import batched
 
@@ -130,20 +129,21 @@ def equally_good_range(
     grid = found.reshape(len(prepared), points, -1)
     middle = points // 2
     inside[:, middle], grid[:, middle] = True, best.parameters
-    # One search at each end of each task: from `good`, which fits, towards `bad`, which does not.
+    # At each end of each task once more, finely, from `good`, which fits, to `bad`, which does not.
     ends = np.array([[np.flatnonzero(row)[0], np.flatnonzero(row)[-1]] for row in inside])
     good = ends.ravel()
     bad = np.clip(np.add(ends, [-1, 1]), 0, points - 1).ravel()
     both = np.repeat(np.arange(len(prepared)), 2)
-    fits, others = grid[both, good], grid[both, bad]
-    low, high = logs[both, good], logs[both, bad]
-    for _ in range(bisections):
-        halfway = (low + high) / 2
-        trial = profile.solve(both, halfway, np.stack([fits, others], 1))
-        fine = profile.objective(both, trial) <= limits[both]
-        fits = np.where(fine[:, None], trial, fits)
-        others = np.where(fine[:, None], others, trial)
-        low, high = np.where(fine, halfway, low), np.where(fine, high, halfway)
+    fits = grid[both, good]
+    shares = np.arange(1, refinement + 1) / (refinement + 1)
+    between = logs[both, good][:, None] * (1 - shares) + logs[both, bad][:, None] * shares
+    tasks = np.repeat(both, refinement)
+    sides = np.repeat(np.stack([fits, grid[both, bad]], 1), refinement, 0)
+    found = profile.polish(tasks, between.ravel(), sides[:, 0], sides[:, 1:])
+    fine = (profile.objective(tasks, found) <= limits[tasks]).reshape(len(both), refinement)
+    furthest = np.where(fine.any(1), refinement - 1 - np.argmax(fine[:, ::-1], 1), -1)
+    steps = found.reshape(len(both), refinement, -1)
+    fits = np.where((furthest >= 0)[:, None], steps[np.arange(len(both)), furthest], fits)
     reached = law(fits, *target).reshape(-1, 2)
     return [
         EquallyGood(float(c), float(min(c, a)), float(max(c, b)))

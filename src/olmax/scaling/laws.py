@@ -36,9 +36,7 @@ class Law:
         Callable[[Any, Sequence[Array], Sequence[Array]], dict[tuple[int, int], Array]] | None
     ) = None
     """(xp, parameters, inputs) -> second derivatives that are not zero, by (i, j) with i <= j."""
-    released: (
-        Callable[[Any, Sequence[Array], Sequence[Array]], tuple[Array, list[Array]]] | None
-    ) = None
+    released: Callable[[Any, Any, Any], tuple[Array, list[Array]]] | None = None
     """The same function in the arithmetic of the released code where that is less stable: where its
     optimiser stops in a flat valley depends on the rounding, and so do its published numbers."""
 

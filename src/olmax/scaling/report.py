@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from olmax.reporting.document import Figure, KeyNumbers, Report, Section, TableBlock, Text
@@ -146,7 +147,7 @@ def prediction_table(table: pd.DataFrame, name: str) -> Table:
         "relative_error": ("relative %", 100, 1),
         "failures": ("failed refits", 1, 0),
     }
-    used = [key for key in shown if key in table and table[key].notna().any()]
+    used = [k for k in shown if k in table and np.isfinite(table[k].to_numpy(np.float64)).any()]
     columns = [Column("task", align="left")]
     columns += [Column(shown[key][0], digits=shown[key][2]) for key in used]
     values = table[used].to_numpy(float) * [shown[key][1] for key in used]

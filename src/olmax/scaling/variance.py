@@ -45,5 +45,5 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Pearson's r and its two-sided p."""
     from scipy import stats
 
-    r, p = stats.pearsonr(np.asarray(a), np.asarray(b))
-    return float(r), float(p)
+    found = stats.pearsonr(np.asarray(a), np.asarray(b))
+    return float(found.statistic), float(found.pvalue)
