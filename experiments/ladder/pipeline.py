@@ -192,7 +192,9 @@ class _Pipeline:
 
     def _in_loop(self) -> recording.InLoop:
         tasks = read_tasks(self.ladder.requests or [self.directory / REQUESTS])
-        return recording.InLoop(Suite(load_tokenizer(self.recipe, self.directory), tasks))
+        suite = Suite(load_tokenizer(self.recipe, self.directory), tasks)
+        # Few shapes: small models take longer to compile than to run.
+        return recording.InLoop(suite, batch_tokens=32768)
 
     def _predict(self) -> None:
         ladder = self.ladder

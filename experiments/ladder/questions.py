@@ -1,8 +1,8 @@
 """Tasks for models of ten thousand to a few hundred thousand parameters, in OLMES's request format.
 
 Choosing among results of calculations, or among passages, is guessing for such models. These four
-tasks ask for less, and their accuracy moves while the loss still falls fast: which solution copies
-the question's numbers (or names), and which order of the same words (or symbols) is the true one.
+tasks ask for less, and their accuracy moves while the loss still falls fast: which order of the
+same words, symbols or numbers is the true one.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from olmax.reporting.files import write_json, write_text
 SOURCES = ("arithmetic", "docs", "code")
 CHOICES = 4
 DESCRIPTIONS = {
-    "sums_rc": "which worked solution belongs to a sum, product or quotient",
-    "stories_rc": "which worked solution belongs to a word problem",
+    "sums_rc": "which places the numbers have in the worked solution of a sum or product",
+    "stories_rc": "in which order the words stand in the worked solution of a word problem",
     "docs_order_rc": "in which order some words continue a passage of documentation",
     "code_order_rc": "in which order some symbols continue a line of code",
 }
@@ -58,8 +58,8 @@ def tasks(held_out: Mapping[str, Sequence[str]], count: int) -> dict[str, list[Q
     sums = [p for p in problems if p[0].startswith("What is")]
     stories = [p for p in problems if not p[0].startswith("What is")]
     makers = {
-        "sums_rc": lambda rng: _solutions(sums, rng),
-        "stories_rc": lambda rng: _solutions(stories, rng),
+        "sums_rc": lambda rng: _places(sums, rng),
+        "stories_rc": lambda rng: _swaps(stories, rng),
         "docs_order_rc": lambda rng: _orders(held_out["docs"], _WORDS, rng),
         "code_order_rc": lambda rng: _orders(held_out["code"], _SYMBOLS, rng),
     }
@@ -99,14 +99,42 @@ def _shuffled(right: str, wrong: Sequence[str], rng: random.Random) -> tuple[lis
     return choices, choices.index(right)
 
 
-def _solutions(problems: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Question]:
-    """A problem with its own solution among those of others."""
+def _places(problems: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Question]:
+    """A calculation with its solution among those where the numbers change places."""
     problems = list(dict.fromkeys(problems))
     rng.shuffle(problems)
-    answers = list(dict.fromkeys(answer for _, answer in problems))
     for question, answer in problems:
-        wrong = rng.sample([a for a in answers if a != answer], CHOICES - 1)
-        choices, gold = _shuffled(f" {answer}", [f" {a}" for a in wrong], rng)
+        parts = re.split(r"(\d+)", answer)
+        numbers = parts[1::2]
+        if not 3 <= len(numbers) <= 4:
+            continue
+        orders = {
+            "".join([*itertools.chain(*zip(parts[::2], order, strict=False)), parts[-1]])
+            for order in itertools.permutations(numbers)
+        }
+        wrong = sorted(orders - {answer})
+        if len(wrong) < CHOICES - 1:
+            continue
+        chosen = [f" {text}" for text in rng.sample(wrong, CHOICES - 1)]
+        choices, gold = _shuffled(f" {answer}", chosen, rng)
+        yield f"Question: {question}\nAnswer:", choices, gold
+
+
+def _swaps(problems: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Question]:
+    """A word problem with its solution among those where two neighbouring words change places."""
+    problems = list(dict.fromkeys(problems))
+    rng.shuffle(problems)
+    for question, answer in problems:
+        words = answer.split(" ")
+        orders = {
+            " ".join([*words[:i], words[i + 1], words[i], *words[i + 2 :]])
+            for i in range(len(words) - 1)
+        }
+        wrong = sorted(orders - {answer})
+        if len(wrong) < CHOICES - 1:
+            continue
+        chosen = [f" {text}" for text in rng.sample(wrong, CHOICES - 1)]
+        choices, gold = _shuffled(f" {answer}", chosen, rng)
         yield f"Question: {question}\nAnswer:", choices, gold
 
 

@@ -1,11 +1,14 @@
 """The ladder experiment: recipe formulas and printed numbers."""
 
 import csv
+import dataclasses
 
 import pytest
 
 from experiments.ladder import released as released_runs
-from experiments.ladder.recipe import LADDER_LENGTHS, LADDER_SIZES, ladder, ladder_table, rung
+from experiments.ladder.dry_run import ladder_table, plan_sizes
+from experiments.ladder.presets import get_ladder, paper, tiny
+from experiments.ladder.recipe import LADDER_LENGTHS, LADDER_SIZES, ladder, rung
 from experiments.ladder.reproduce import multiple_choice, reproduce
 from olmax.scaling.compute import SIZES
 
@@ -50,7 +53,81 @@ def test_ladder_costs_what_the_paper_says():
     runs = ladder()
     assert len(runs) == 16
     assert sum(6 * r.shape.parameters * r.tokens for r in runs) == pytest.approx(5.153e21, rel=1e-3)
-    assert "1.3B-10xC" in ladder_table(runs).texts()[-1][0]
+    assert [r.name for r in runs] == [r.name for r in paper().rungs()]
+    table = ladder_table(paper().rungs(), paper().target_rung())
+    assert table.texts()[-2][0] == "1.3B-10xC"
+    # Of 3.9T tokens for the 7B, as the paper has it.
+    assert "3.2% of 7B" in table.caption
+
+
+def test_a_run_trains_with_the_published_settings():
+    ladder_7b = paper().target_rung()
+    assert ladder_7b.tokens == pytest.approx(3_945_065_873_408, rel=1e-3)
+    run = rung("190M", 1.0)
+    config = run.train_config(seed=6198, execution=paper().execution, checkpoint=paper().checkpoint)
+    assert config.total_steps == run.schedule_steps + 10
+    schedule = config.resolved_schedule
+    assert (schedule.warmup, schedule.duration) == (363, run.schedule_steps)
+    assert (schedule.kind, schedule.final_fraction) == ("cosine", 0.1)
+    optimizer = config.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
+    assert optimizer.no_decay == ("embedder.embedding",)
+    assert config.objective.z_loss == 1e-5
+    for size in LADDER_SIZES:
+        shape = SIZES[size]
+        model = rung(size, 1.0).model()
+        assert model.num_non_embedding_params == shape.parameters
+        assert model.flops_per_token(4096) == shape.flops_per_token
+
+
+def test_the_miniature_is_as_large_as_promised():
+    ladder_ = tiny()
+    assert len(ladder_.sizes) >= 4 and len(ladder_.lengths) >= 3
+    cost = [r.shape.parameters * r.tokens for r in ladder_.rungs()]
+    target = ladder_.target_rung()
+    assert target.shape.parameters * target.tokens >= 4 * max(cost)
+    # A batch holds as many tokens as the formula says, whatever the sequence length.
+    largest = ladder_.rungs()[-1]
+    wanted = 160 * 2048 * (largest.shape.parameters / 1.08e8) ** (2 / 3)
+    assert largest.batch_tokens == pytest.approx(wanted, rel=0.03)
+
+
+def test_ladders_that_make_no_sense_are_refused():
+    from olmax.errors import UserError
+
+    with pytest.raises(UserError, match="did you mean"):
+        get_ladder("tyni")
+    with pytest.raises(UserError, match="is one of the runs"):
+        same = dataclasses.replace(tiny(), target=tiny().sizes[0], target_length=1.0)
+        same.check()
+
+
+def test_tpu_time_comes_from_a_plan(monkeypatch):
+    import types
+
+    from olmax.planning import plan as planning
+
+    asked = []
+
+    def plan(model, topology, **settings):
+        asked.append((model.d_model, settings))
+        return types.SimpleNamespace(
+            step_seconds=0.5, mfu=0.4, chips=16, price_per_chip_hour=4.0, verdict="fits"
+        )
+
+    monkeypatch.setattr(planning, "plan", plan)
+    monkeypatch.setattr(
+        "olmax.planning.topology.Topology.devices", lambda self: [None] * self.num_chips
+    )
+    rungs = paper().rungs()
+    plans = plan_sizes(paper(), rungs)
+    # One compilation a size, in micro-batches of at most four sequences a chip.
+    assert [width for width, _ in asked] == [768, 1024, 1536, 2048]
+    assert [s["accumulation"] for _, s in asked] == [2, 3, 5, 6]
+    row = ladder_table(rungs, None, plans).rows[0]
+    assert row[-2] == pytest.approx(rungs[0].steps * 0.5 / 3600)
+    assert row[-1] == pytest.approx(rungs[0].steps * 0.5 / 3600 * 16 * 4.0)
 
 
 @pytest.mark.parametrize("target", ["7B-4T", "13B-5T"])

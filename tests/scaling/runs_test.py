@@ -133,6 +133,31 @@ def test_rows_out_of_order_and_runs_given_twice(tmp_path):
         scaling.read_runs([one, two])
 
 
+def test_columns_of_constants_hold_one_number(tmp_path):
+    table = frame(parameters=[5e7] * 20, flops_per_token=[4e8] * 20)
+    run = scaling.read_run(write(tmp_path / "own.csv", table))
+    assert (run.size, run.parameters, run.flops_per_token) == ("own", 50_000_000, 4e8)
+    table.loc[3, "parameters"] = np.nan
+    with pytest.raises(UserError, match=r"own\.csv:5: column 'parameters' is nan"):
+        scaling.read_run(write(tmp_path / "own.csv", table))
+    table.loc[3, "parameters"] = 6e7
+    with pytest.raises(UserError, match=r"own\.csv:5: column 'parameters' is 60000000"):
+        scaling.read_run(write(tmp_path / "own.csv", table))
+
+
+def test_sizes_are_given_for_files_of_any_name(tmp_path):
+    path = write(tmp_path / "mine.csv", frame())
+    (run,) = scaling.read_runs([path], sizes={"mine": 60_000_000})
+    assert run.parameters == 60_000_000
+    names = ["190M-1xC-rerun.csv", "3B-5xC_seed2.csv", "600M-0.5xC.csv"]
+    files = [
+        write(tmp_path / name, frame() * (1 - 0.01 * number)) for number, name in enumerate(names)
+    ]
+    found = scaling.read_runs(files)
+    assert [run.size for run in found] == ["190M", "3.2B", "600M"]
+    assert [run.parameters for run in found] == [190_354_176, 3_169_537_280, 597_382_464]
+
+
 def test_configuration_of_the_release(released):
     fitted, targets = scaling.read_config(released / "configs" / "final.json")
     assert len(fitted) == 16

@@ -27,6 +27,7 @@ RELATIVE_STOP = 1e-11
 _FAR = 1e6  # stands in for infinite bounds: no fit of a ladder comes near it
 _BLOCK = 15  # iterations between two compactions of the problems still open
 _CHUNKS = {"huber": 256, "squares": 16}  # problems per call: what stays in a cache
+_POINTS = 16  # the number of fitted points is rounded up to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ def solve_huber(
     values = np.broadcast_to(values, (r, m))
     starts = np.broadcast_to(starts, (r, *starts.shape[-2:]))
     s = starts.shape[1]
-    data = (np.repeat(np.log(values), s, 0), np.repeat(weights, s, 0))
+    inputs, log_values, weights = _padded_points(inputs, np.log(values), weights)
+    data = (np.repeat(log_values, s, 0), np.repeat(weights, s, 0))
     p = np.clip(starts.reshape(r * s, -1), law.lower, law.upper)
     # The objective is nearly an absolute deviation. Falling deltas lead into it from the smooth
     # side, which keeps most starts out of its kinks.
@@ -103,7 +105,8 @@ def polish_huber(
     values = np.broadcast_to(values, (r, m))
     starts = np.broadcast_to(starts, (r, *starts.shape[-2:]))
     s = starts.shape[1]
-    data = (np.repeat(np.log(values), s, 0), np.repeat(weights, s, 0))
+    inputs, log_values, weights = _padded_points(inputs, np.log(values), weights)
+    data = (np.repeat(log_values, s, 0), np.repeat(weights, s, 0))
     p = np.clip(starts.reshape(r * s, -1), law.lower, law.upper)
     p, f, done = _drive(law, "huber", inputs, data, p, min(delta, 1e3), iterations)
     return _best(p, f, done, r, s)
@@ -222,12 +225,17 @@ def _box(law: Law) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return lower, upper
 
 
-def _padded(indices: np.ndarray) -> np.ndarray:
-    # Sizes in powers of four, so that few shapes are compiled; the padding repeats a problem.
-    size = 64
-    while size < len(indices):
-        size *= 4
-    return np.concatenate([indices, np.full(size - len(indices), indices[0])])
+def _padded_points(
+    inputs: np.ndarray, log_values: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same problems with a multiple of `_POINTS` points, the added ones of weight zero.
+
+    A few more or fewer runs are then one compiled program.
+    """
+    m = weights.shape[1]
+    place = np.minimum(np.arange(-(-m // _POINTS) * _POINTS), m - 1)
+    weights = np.where(np.arange(len(place)) < m, weights[:, place], 0.0)
+    return inputs[:, place], log_values[:, place], weights
 
 
 @functools.partial(jax.jit, static_argnames=("law", "kind"))

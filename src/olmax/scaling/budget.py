@@ -51,14 +51,14 @@ def same_score(fit: LadderFit, target: Target, tasks: tuple[str, ...]) -> SameSc
     sizes = [run["parameters"] for run in fit.runs]
     low, high = min(sizes) / 10, 10 * max(*sizes, target.parameters)
     n = np.geomspace(low, high, _SIZES)
-    for _ in range(2):
-        d = _tokens_for(fit, tasks, n, wanted, target)
-        best = int(np.argmin(n * d))
-        at_edge = best in (0, len(n) - 1)
-        if at_edge:
-            break
+    d = _tokens_for(fit, tasks, n, wanted, target)
+    best = int(np.argmin(n * d))
+    at_edge = best in (0, len(n) - 1)
+    if not at_edge:
         # Once more between the neighbours of the best.
         n = np.geomspace(n[best - 1], n[best + 1], _SIZES)
+        d = _tokens_for(fit, tasks, n, wanted, target)
+        best = int(np.argmin(n * d))
     ratio = float(n[best] * d[best] / (target.parameters * target.tokens))
     return SameScore(wanted, float(n[best]), float(d[best]), min(ratio, 1.0), at_edge)
 

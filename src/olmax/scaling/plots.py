@@ -1,16 +1,19 @@
 """Figures of a fitted ladder."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from olmax.reporting import figures
 from olmax.scaling.fit import LadderFit, Target, TaskFit
 from olmax.scaling.prepare import step1_inputs
 from olmax.scaling.runs import Run, final_value, trajectory
+from olmax.scaling.tasks import TASKS
 
 
 def _compute(runs: Sequence[Run]) -> np.ndarray:
@@ -26,8 +29,11 @@ def _size_of(runs: Sequence[Run], label: str) -> int:
     return next(run.parameters for run in runs if run.size == label)
 
 
-def _grid(count: int, *, height: float = 2.6, columns: int = 4) -> tuple[Figure, list[Axes]]:
-    columns = min(columns, count)
+_COLUMNS = 4
+
+
+def _grid(count: int, *, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    columns = min(_COLUMNS, count)
     figure, axes = figures.panels(
         -(-count // columns), columns, width=2.6 * columns + 0.6, height=height
     )
@@ -39,16 +45,40 @@ def _grid(count: int, *, height: float = 2.6, columns: int = 4) -> tuple[Figure,
 def _title(axes: Axes, task: TaskFit, step: int) -> None:
     law = task.step1 if step == 1 else task.step2
     assert law is not None
-    axes.set_title(f"{task.task.title} ({law.fit_error:.2%})")
+    axes.set_title(task.task.title)
+    axes.set_title(f"fit error {law.fit_error:.2%}", loc="right", fontsize=7, fontweight="normal")
     if law.status():
-        # A fit that is not sound must not look like one.
+        # A fit that is not sound must not look like one. The corner is free: losses fall.
         axes.annotate(
-            law.status(),
-            (0.03, 0.03),
+            "\n".join(textwrap.wrap(law.status(), 30)),
+            (0.98, 0.97),
             xycoords="axes fraction",
-            fontsize=6.5,
+            ha="right",
+            va="top",
+            fontsize=7,
             color=figures.VERMILLION,
         )
+
+
+def _legend(figure: Figure, colors: dict[str, str], targets: Sequence[Run]) -> None:
+    """Sizes and markers once for all panels, below them."""
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=color, markersize=4, label=size)
+        for size, color in colors.items()
+    ]
+    if targets:
+        ink = dict(linestyle="", color=figures.INK)
+        handles.append(Line2D([], [], marker="x", markersize=6, label="target, actual", **ink))
+        hollow = dict(marker="o", mfc="none", markersize=5)
+        handles.append(Line2D([], [], label="target, predicted", **hollow, **ink))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+def _label_bottom(axes: Sequence[Axes], text: str) -> None:
+    """Labels the lowest panel of each column."""
+    visible = [panel for panel in axes if panel.get_visible()]
+    for panel in visible[-min(_COLUMNS, len(visible)) :]:
+        panel.set_xlabel(text)
 
 
 def step1_figure(runs: Sequence[Run], fit: LadderFit, targets: Sequence[Run] = ()) -> Figure:
@@ -78,9 +108,9 @@ def step1_figure(runs: Sequence[Run], fit: LadderFit, targets: Sequence[Run] = (
                 panel.plot(x, predicted, "o", mfc="none", color=figures.INK, markersize=5)
             panel.set_xscale("log")
             _title(panel, task, 1)
-            panel.set_xlabel("training FLOPs, 6ND")
+        _label_bottom(axes, "training FLOPs, 6ND")
         axes[0].set_ylabel(_feature_name(fit))
-        axes[0].legend(fontsize=7)
+        _legend(figure, colors, targets)
     return figure
 
 
@@ -140,8 +170,9 @@ def step2_figure(runs: Sequence[Run], fit: LadderFit, targets: Sequence[Run] = (
             panel.plot(grid, task.step2(grid), "-", color=figures.INK, linewidth=1.2)
             panel.axhline(task.task.chance, color=figures.GREY, linewidth=0.8, linestyle=":")
             _title(panel, task, 2)
-            panel.set_xlabel(_feature_name(fit))
+        _label_bottom(axes, _feature_name(fit))
         axes[0].set_ylabel("accuracy")
+        _legend(figure, colors, targets)
     return figure
 
 
@@ -169,7 +200,8 @@ def prediction_figure(table: pd.DataFrame, title: str) -> Figure:
                 markersize=7,
                 label="actual",
             )
-        panel.set_yticks(y, list(table.index))
+        titles = [TASKS[n].title if n in TASKS else n for n in map(str, table.index)]
+        panel.set_yticks(y, titles)
         panel.set_xlabel("accuracy (%)")
         panel.set_title(title)
         panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -196,7 +228,7 @@ def compute_error_figure(errors: pd.DataFrame) -> Figure:
         panel.set_xscale("log")
         panel.set_xlabel("FLOPs of all fitted runs, 6ND")
         panel.set_ylabel("mean absolute error (points)")
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.15 * float(errors["error"].max()))
         panel.legend()
     return figure
 

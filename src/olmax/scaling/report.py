@@ -57,9 +57,8 @@ def ladder_report(
                 [
                     Figure(
                         plots.step1_figure(runs, fit, target_runs),
-                        "Dots: final value of each run. Dashed: the fit at each size. Crosses: "
-                        "targets, circles: their predictions. In brackets: mean relative error of "
-                        "the fitted points.",
+                        "Dots: final value of each run. Dashed: the fit at each size. Fit error: "
+                        "mean relative error of the fitted points.",
                         "Fitted loss over training compute, one panel per task",
                     )
                 ],
@@ -73,8 +72,7 @@ def ladder_report(
                     [
                         Figure(
                             second,
-                            "Dots: checkpoints that were fitted. Line: the fit; dotted: chance. "
-                            "Crosses: targets' loss and score, circles: chained predictions.",
+                            "Dots: checkpoints that were fitted. Line: the fit; dotted: chance.",
                             "Accuracy over loss, one panel per task",
                         )
                     ],

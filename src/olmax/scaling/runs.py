@@ -161,7 +161,7 @@ def run_from_frame(
     if known:
         label = known[0]
     if parameters is None and PARAMETERS in table:
-        parameters = int(table[PARAMETERS].iloc[-1])
+        parameters = int(_constant(table, PARAMETERS, source))
     if parameters is None and known:
         parameters = known[1].parameters
     if parameters is None:
@@ -172,7 +172,7 @@ def run_from_frame(
     if parameters <= 0:
         raise UserError(f"{source}: {parameters} parameters; N must be positive")
     if flops_per_token is None and FLOPS_PER_TOKEN in table:
-        flops_per_token = float(table[FLOPS_PER_TOKEN].iloc[-1])
+        flops_per_token = _constant(table, FLOPS_PER_TOKEN, source)
     if flops_per_token is None and known and known[1].parameters == parameters:
         flops_per_token = known[1].flops_per_token
     run = Run(
@@ -198,6 +198,18 @@ def run_from_frame(
             "than in the row before; rows must be in the order of training, one per checkpoint"
         )
     return run
+
+
+def _constant(table: pd.DataFrame, column: str, source: str) -> float:
+    """The one positive number that a column repeats."""
+    values = np.asarray(pd.to_numeric(table[column], errors="coerce"), np.float64)
+    bad = ~(np.isfinite(values) & (values > 0)) | (values != values[0])
+    if bad.any():
+        raise UserError(
+            f"{source}:{_line(bad)}: column {column!r} is {table[column].iloc[int(np.argmax(bad))]}"
+            "; it must hold the same positive number in every row"
+        )
+    return float(values[0])
 
 
 def read_run(

@@ -45,5 +45,5 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Pearson's r and its two-sided p."""
     from scipy import stats
 
-    found = stats.pearsonr(np.asarray(a), np.asarray(b))
-    return float(found.statistic), float(found.pvalue)
+    r, p = map(float, np.array(stats.pearsonr(np.asarray(a), np.asarray(b))))
+    return r, p
