@@ -202,6 +202,7 @@ class _Pipeline:
         settings = {
             "resamples": ladder.resamples,
             "last": ladder.last,
+            "seed": ladder.seed,
             "target": [target.name, target.shape.parameters, target.tokens],
         }
         rungs = [rung.name for rung in ladder.rungs()]

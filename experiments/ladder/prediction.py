@@ -26,7 +26,8 @@ def predict(ladder: Ladder, directory: pathlib.Path, console: Console) -> None:
     `prediction.json` says when it was written and whether the target had been trained by then.
     """
     runs = _runs(ladder, directory)
-    procedure = dataclasses.replace(scaling.PUBLISHED, last=ladder.last)
+    # The published start is made for models a thousand times larger.
+    procedure = dataclasses.replace(scaling.PUBLISHED, last=ladder.last, search="many")
     fit = scaling.fit_ladder(runs, procedure=procedure)
     draws = scaling.resample(runs, fit, samples=ladder.resamples, seed=ladder.seed)
     scaling.save(directory / FIT, fit, draws)

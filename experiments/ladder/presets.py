@@ -171,14 +171,16 @@ def tiny() -> Ladder:
     return Ladder(
         name="tiny",
         sizes=(
+            Size("11K", 12, 2, 1, 48),
             Size("17K", 16, 2, 1, 64),
+            Size("23K", 20, 2, 1, 80),
             Size("31K", 24, 2, 1, 96),
-            Size("49K", 32, 2, 1, 128),
-            Size("72K", 40, 2, 1, 160),
         ),
-        lengths=(0.5, 1.0, 2.0),
-        target=Size("230K", 64, 3, 2, 256),
-        target_length=1.0,
+        # Longer than the published ones: with a few hundred updates a run says more about its
+        # number of updates than about its size.
+        lengths=(2.0, 4.0, 8.0),
+        target=Size("72K", 40, 2, 1, 160),
+        target_length=6.0,
         vocab_size=512,
         seq_len=128,
         batch_divisor=1,

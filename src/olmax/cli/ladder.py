@@ -93,6 +93,8 @@ class Fit:
     """Keep the second step from falling below chance."""
     run_weights: bool = False
     """Give every run the same weight in step 2, not every checkpoint."""
+    many_starts: bool = False
+    """Search both steps from many starts and keep the best, not from the published one alone."""
     target: tuple[str, ...] = ()
     """Models to predict, as N,D or NAME=N,D[,FLOPS_PER_TOKEN]; suffixes K, M, B and T are read."""
     target_runs: tuple[str, ...] = ()
@@ -163,6 +165,8 @@ class Fit:
             procedure = dataclasses.replace(procedure, floor="chance")
         if self.run_weights:
             procedure = dataclasses.replace(procedure, weights="runs")
+        if self.many_starts:
+            procedure = dataclasses.replace(procedure, search="many")
         return procedure
 
 

@@ -419,3 +419,19 @@ def shared_starts(law: Law, extra: Sequence[Sequence[float] | np.ndarray] = ()) 
     }
     rows = [law.start, *extra, *grids.get(law.name, [])[1:]]
     return np.asarray(rows, np.float64)
+
+
+def second_starts(law: Law, x: np.ndarray, y: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """float64 [S, P] for the second step: the published start, a known fit and, for a sigmoid,
+    falls from near 1 to the lowest accuracy seen, at three places and two speeds.
+    """
+    rows = [np.asarray(law.start), np.asarray(known)]
+    if law.name == "sigmoid":
+        # The helper point at loss 0 is not a place where models are.
+        seen = x[x > 0]
+        low, middle, high = np.quantile(seen, [0.1, 0.5, 0.9])
+        floor = float(np.clip(y[x > 0].min(), 0.0, 0.99))
+        for place in (low, middle, high):
+            for speed in (2.0, 8.0):
+                rows.append(np.array([floor - 1.0, place, speed / max(high - low, 1e-6), 1.0]))
+    return np.array(rows)

@@ -188,19 +188,59 @@ def fit_ladder(
 
 
 def fit_task(data: TaskData, procedure: Procedure) -> TaskFit:
-    """The published optimisers on prepared data."""
-    found = reference.minimise_huber(
-        data.step1_law, data.inputs, data.values, data.weights, procedure.delta
-    )
-    step1 = _law_fit(data.step1_law, found, data.inputs, data.values)
+    """Both steps on prepared data, with the published optimisers, or the best of many starts where
+    `procedure` says so.
+    """
+    step1 = fit_step1(data, procedure)
     if data.step2_law is None:
         return TaskFit(data.task, step1, None)
+    return TaskFit(data.task, step1, fit_step2(data, procedure))
+
+
+def fit_step1(data: TaskData, procedure: Procedure) -> LawFit:
+    """The first step."""
+    law = data.step1_law
+    found = reference.minimise_huber(law, data.inputs, data.values, data.weights, procedure.delta)
+    if procedure.search == "many":
+        from olmax.scaling import batched
+
+        starts = batched.shared_starts(law, [found.parameters])
+        best = batched.solve_huber(
+            law, data.inputs, data.values, data.weights[None], starts, delta=procedure.delta
+        )
+        found = _better(found, best.parameters[0], float(best.objective[0]))
+    return _law_fit(law, found, data.inputs, data.values)
+
+
+def fit_step2(data: TaskData, procedure: Procedure) -> LawFit:
+    """The second step; `data` must have one."""
+    law = data.step2_law
+    assert law is not None
     weights = data.group_weights[data.groups]
     plain = None if np.all(weights == 1) else weights
-    found = reference.minimise_squares(data.step2_law, data.x[None], data.y, plain)
+    found = reference.minimise_squares(law, data.x[None], data.y, plain)
+    if procedure.search == "many":
+        from olmax.scaling import batched
+
+        best = batched.solve_squares(
+            law,
+            data.x[None],
+            data.y,
+            data.groups,
+            data.group_weights[None],
+            batched.second_starts(law, data.x, data.y, found.parameters),
+        )
+        found = _better(found, best.parameters[0], float(best.objective[0]))
     real = data.groups < data.runs
-    step2 = _law_fit(data.step2_law, found, data.x[None, real], data.y[real])
-    return TaskFit(data.task, step1, step2)
+    return _law_fit(law, found, data.x[None, real], data.y[real])
+
+
+def _better(
+    found: reference.Solution, parameters: np.ndarray, objective: float
+) -> reference.Solution:
+    if np.isfinite(found.objective) and found.objective <= objective:
+        return found
+    return reference.Solution(parameters, objective, "best of many starts")
 
 
 def _law_fit(law: Law, found: reference.Solution, inputs, values) -> LawFit:
@@ -233,7 +273,7 @@ def _checked(prepared: list[TaskData], fits: dict[str, TaskFit], procedure: Proc
         step1 = _with_excess(fit.step1, float(best1.objective[number]))
         step2 = fit.step2
         if step2 is not None and data.step2_law is not None:
-            starts = np.array([data.step2_law.start, step2.vector])
+            starts = batched.second_starts(data.step2_law, data.x, data.y, step2.vector)
             best2 = batched.solve_squares(
                 data.step2_law, data.x[None], data.y, data.groups, data.group_weights[None], starts
             )

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from olmax.errors import UserError
-from olmax.scaling import reference
-from olmax.scaling.fit import LadderFit, fit_ladder
+from olmax.scaling.fit import LadderFit, fit_ladder, fit_step1, fit_step2
 from olmax.scaling.prepare import prepare, step1_inputs
 from olmax.scaling.procedure import PUBLISHED, Procedure
 from olmax.scaling.runs import Run, final_value
@@ -76,20 +75,14 @@ def leave_one_size_out(
     def first(size: str, task: Task, key: tuple) -> Callable:
         procedure = _first_of(key)
         data = prepare([run for run in runs if run.size != size], task, procedure)
-        p = reference.minimise_huber(
-            data.step1_law, data.inputs, data.values, data.weights, procedure.delta
-        ).parameters
-        return lambda inputs: data.step1_law(p, *inputs)
+        found = fit_step1(data, procedure)
+        return lambda inputs: found(*inputs)
 
     @functools.cache
     def second(size: str, task: Task, key: tuple) -> Callable:
-        data = prepare([run for run in runs if run.size != size], task, _second_of(key))
-        assert data.step2_law is not None
-        law = data.step2_law
-        p = reference.minimise_squares(
-            law, data.x[None], data.y, data.group_weights[data.groups]
-        ).parameters
-        return lambda x: law(p, x)
+        procedure = _second_of(key)
+        data = prepare([run for run in runs if run.size != size], task, procedure)
+        return fit_step2(data, procedure)
 
     actuals = {}
     for procedure in procedures.values():
@@ -118,9 +111,9 @@ def leave_one_size_out(
     return table
 
 
-_FIRST = ("feature", "step1", "delta", "step1_weights", "last", "accuracy")
+_FIRST = ("feature", "step1", "delta", "step1_weights", "last", "accuracy", "search")
 _SECOND = ("feature", "step2", "weights", "floor", "skip", "window", "last", "accuracy")
-_SECOND += ("perfect_point", "chance_points")
+_SECOND += ("perfect_point", "chance_points", "search")
 
 
 def _first_key(procedure: Procedure) -> tuple:

@@ -50,6 +50,10 @@ class Procedure:
     """Step 1: runs count the same, or in proportion to the logarithm of their compute above the
     smallest run's (1 for the smallest, 3 for the largest)."""
 
+    search: Literal["published", "many"] = "published"
+    """`many`: both steps also start from a spread of places, and the best fit is kept. The one
+    published start suffices for the released ladder, not for ladders of other sizes."""
+
     def __post_init__(self):
         if self.last < 1 or self.window < 1:
             raise UserError("last and window count checkpoints; give 1 or more")
