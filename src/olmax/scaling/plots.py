@@ -66,11 +66,23 @@ def _legend(figure: Figure, colors: dict[str, str], targets: Sequence[Run]) -> N
         Line2D([], [], marker="o", linestyle="", color=color, markersize=4, label=size)
         for size, color in colors.items()
     ]
-    if targets:
-        ink = dict(linestyle="", color=figures.INK)
-        handles.append(Line2D([], [], marker="x", markersize=6, label="target, actual", **ink))
-        hollow = dict(marker="o", mfc="none", markersize=5)
-        handles.append(Line2D([], [], label="target, predicted", **hollow, **ink))
+    for marker, fill, label in (
+        ("x", figures.INK, "target, actual"),
+        ("o", "none", "target, predicted"),
+    ):
+        if targets:
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    marker=marker,
+                    linestyle="",
+                    color=figures.INK,
+                    markerfacecolor=fill,
+                    markersize=5,
+                    label=label,
+                )
+            )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
@@ -228,7 +240,7 @@ def compute_error_figure(errors: pd.DataFrame) -> Figure:
         panel.set_xscale("log")
         panel.set_xlabel("FLOPs of all fitted runs, 6ND")
         panel.set_ylabel("mean absolute error (points)")
-        panel.set_ylim(0, 1.15 * float(errors["error"].max()))
+        panel.set_ylim(0, 1.15 * errors["error"].to_numpy(np.float64).max())
         panel.legend()
     return figure
 
