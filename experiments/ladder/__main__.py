@@ -21,7 +21,7 @@ from olmax.errors import UserError
 def _console() -> Console:
     console = Console()
     # A log file has no width of its own; tables should not be squeezed into 80 columns there.
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=200)
 
 
 def _say(text: str) -> None:
@@ -90,6 +90,7 @@ class Reproduce:
         from experiments.ladder.reproduce import multiple_choice, reproduce
         from olmax import scaling
         from olmax.reporting.document import Section, TableBlock
+        from olmax.scaling.identifiability import flat_warnings
         from olmax.scaling.nesting import nested_errors
         from olmax.scaling.report import ladder_report, prediction_table
 
@@ -124,6 +125,7 @@ class Reproduce:
         nesting = {
             name: nested_errors(found.runs, run, tasks) for name, run in found.targets.items()
         }
+        flat = flat_warnings(found.runs, fit, list(map(scaling.Target.of, found.targets.values())))
         scaling.save(f"{self.run_dir}/ladder.json", fit, draws)
         report = ladder_report(
             fit,
@@ -131,7 +133,7 @@ class Reproduce:
             runs=found.runs,
             target_runs=list(found.targets.values()),
             predictions=predictions,
-            warnings=fit.warnings,
+            warnings=[*fit.warnings, *flat],
             nesting=nesting,
             extra=[Section("Beside the printed numbers", [TableBlock(t) for t in tables])],
             resamples=self.resamples,
@@ -161,7 +163,12 @@ class Coverage:
         from olmax import scaling
 
         runs = read_released(self.runs)
-        targets = [scaling.Target.of(r) for r in read_released(self.runs, tuple(TARGETS.values()))]
+        targets = [
+            dataclasses.replace(scaling.Target.of(run), name=name)
+            for name, run in zip(
+                TARGETS, read_released(self.runs, tuple(TARGETS.values())), strict=True
+            )
+        ]
         fit = scaling.fit_ladder(runs, tasks=scaling.get_tasks(scaling.MAIN_TASKS), check=False)
         study = scaling.coverage_study(
             runs,

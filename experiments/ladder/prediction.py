@@ -14,6 +14,7 @@ from olmax.reporting.document import Section, TableBlock
 from olmax.reporting.files import environment, write_json
 from olmax.reporting.tables import Column, Table
 from olmax.scaling.holdout import leave_one_size_out
+from olmax.scaling.identifiability import flat_warnings
 from olmax.scaling.report import ladder_report, prediction_table
 
 RUNS, TARGET = "runs", "target"
@@ -42,7 +43,7 @@ def predict(ladder: Ladder, directory: pathlib.Path, console: Console) -> None:
         "compute_ratio": _ratio(ladder),
         "runs": list(fit.runs),
         "predictions": table.to_dict("index"),
-        "warnings": saved.warnings(target),
+        "warnings": [*saved.warnings(target), *flat_warnings(runs, fit, [target])],
     }
     write_json(directory / PREDICTION, content)
     console.print(prediction_table(table, f"Prediction of {target.name}").rich())

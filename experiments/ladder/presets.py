@@ -47,7 +47,7 @@ class Ladder:
     extra_steps: int = EXTRA_STEPS
     """Updates after the end of the schedule."""
     evaluations: int | None = None
-    """Evaluations of each run; None: at the steps of the released runs."""
+    """Evaluations of each run, at most; None: at the steps of the released runs."""
     mix: str = "olmoe_mix_0924"
     """What all runs train on."""
     corpus: Corpus | None = None
@@ -206,13 +206,13 @@ def smoke() -> Ladder:
         tiny(),
         name="smoke",
         sizes=(
-            Size("6K", 8, 1, 1, 32),
-            Size("13K", 16, 1, 1, 64),
-            Size("21K", 24, 1, 1, 96),
+            Size("4K", 8, 1, 1, 32),
+            Size("10K", 16, 1, 1, 64),
         ),
-        lengths=(0.05, 0.1),
-        target=Size("31K", 32, 1, 1, 128),
-        target_length=0.2,
+        lengths=(0.05, 0.1, 0.2),
+        # Of a size that is compiled already.
+        target=Size("10K", 16, 1, 1, 64),
+        target_length=0.8,
         vocab_size=384,
         evaluations=5,
         corpus=Corpus(vocab_size=384, mixes=_TINY_MIXES, max_tokens=20_000, tokenizer_bytes=40_000),

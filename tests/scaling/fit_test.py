@@ -10,7 +10,7 @@ from olmax import scaling
 from olmax.errors import UserError
 from olmax.scaling import fit as fitting
 from olmax.scaling import reference
-from olmax.scaling.laws import NEGATIVE_POWER_ND
+from olmax.scaling.laws import NEGATIVE_POWER_ND, POWER_ND
 from olmax.scaling.prepare import prepare
 from olmax.scaling.procedure import VARIANTS
 from olmax.scaling.variance import VARIANCE_TASKS, checkpoint_scatter, correlation
@@ -159,3 +159,24 @@ def test_run_weights_and_chance_floor_change_what_they_should(runs):
     shares = [weights[by_run.groups == r].sum() for r in range(16)]
     np.testing.assert_allclose(shares, shares[0])
     assert sum(shares) == pytest.approx(1401)
+
+
+def test_many_starts_end_no_higher_and_are_needed_off_the_released_scale(runs, fit):
+    task = scaling.TASKS["piqa_val"]
+    many = dataclasses.replace(scaling.PUBLISHED, search="many")
+    found = scaling.fit_ladder(runs, tasks=[task], procedure=many, check=False).tasks["piqa_val"]
+    published = fit.tasks["piqa_val"]
+    assert found.step1.objective <= published.step1.objective * (1 + 1e-12)
+    assert found.step2 is not None and published.step2 is not None
+    assert found.step2.objective <= published.step2.objective * (1 + 1e-12)
+    # Models of ten thousand parameters: the published start ends in another valley.
+    truth = np.array([0.5, 3.4, 0.25, 0.2, 0.6])
+    n, d = np.array([(n, d * n) for n in (1e4, 2e4, 4e4) for d in (40, 80, 160)]).T
+    data = dataclasses.replace(
+        prepare(runs[:9], task, many),
+        inputs=np.array([n, d]),
+        values=POWER_ND(truth, n, d),
+    )
+    right = fitting.fit_step1(data, many)
+    assert right.objective < 1e-9
+    assert fitting.fit_step1(data, scaling.PUBLISHED).objective > right.objective

@@ -109,6 +109,7 @@ class Fit:
     def run(self) -> None:
         """Fits, prints and saves."""
         from olmax import scaling
+        from olmax.scaling.identifiability import flat_warnings
         from olmax.scaling.report import coefficient_tables, prediction_table
 
         if self.resamples < 0:
@@ -132,7 +133,7 @@ class Fit:
         for table in coefficient_tables(fit):
             console.print(table.rich())
         saved = scaling.SavedLadder(fit, draws)
-        flat = _flat_warnings(runs, fit, [*targets, *map(scaling.Target.of, held)])
+        flat = flat_warnings(runs, fit, [*targets, *map(scaling.Target.of, held)])
         for target in targets:
             console.print(prediction_table(saved.predict(target), target.name).rich())
         for run in held:
@@ -288,26 +289,6 @@ def _console():
     console = Console()
     # A file or a pipe has no width of its own; tables must not be cut there.
     return console if console.is_terminal else Console(width=130)
-
-
-def _flat_warnings(runs: list["Run"], fit: "LadderFit", targets: list["Target"]) -> list[str]:
-    """Tasks whose objective leaves the prediction open, with the range of equally good ones."""
-    from olmax.scaling.identifiability import equally_good_range
-    from olmax.scaling.prepare import prepare
-
-    found = []
-    prepared = [prepare(runs, task.task, fit.procedure) for task in fit.tasks.values()]
-    for target in targets:
-        ranges = equally_good_range(
-            prepared, target.inputs(fit.procedure), delta=fit.procedure.delta
-        )
-        found += [
-            f"{name} at {target.name}: fits within 1% of the best objective predict "
-            f"{span.low:.4g} to {span.high:.4g} in step 1 (best {span.best:.4g})"
-            for name, span in zip(fit.tasks, ranges, strict=True)
-            if span.flat
-        ]
-    return found
 
 
 def _check_provenance(file: str, fit: "LadderFit", runs: list["Run"]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from olmax.scaling.prepare import TaskData
+from olmax.scaling.fit import LadderFit, Target
+from olmax.scaling.prepare import TaskData, prepare
 from olmax.scaling.procedure import Procedure
 from olmax.scaling.reference import huber_objective
 from olmax.scaling.runs import Run
@@ -149,6 +150,23 @@ def equally_good_range(
         EquallyGood(float(c), float(min(c, a)), float(max(c, b)))
         for c, (a, b) in zip(centres, reached, strict=True)
     ]
+
+
+def flat_warnings(runs: Sequence[Run], fit: LadderFit, targets: Sequence[Target]) -> list[str]:
+    """Tasks whose objective leaves a target open, with the range of equally good predictions."""
+    found = []
+    prepared = [prepare(runs, task.task, fit.procedure) for task in fit.tasks.values()]
+    for target in targets:
+        ranges = equally_good_range(
+            prepared, target.inputs(fit.procedure), delta=fit.procedure.delta
+        )
+        found += [
+            f"{name} at {target.name}: fits within 1% of the best objective predict "
+            f"{span.low:.4g} to {span.high:.4g} in step 1 (best {span.best:.4g})"
+            for name, span in zip(fit.tasks, ranges, strict=True)
+            if span.flat
+        ]
+    return found
 
 
 class _Profile:
