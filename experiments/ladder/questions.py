@@ -20,7 +20,7 @@ SOURCES = ("arithmetic", "docs", "code")
 CHOICES = 4
 DESCRIPTIONS = {
     "sums_rc": "which places the numbers have in the worked solution of a sum or product",
-    "stories_rc": "in which order the words stand in the worked solution of a word problem",
+    "stories_rc": "the same for word problems",
     "docs_order_rc": "in which order some words continue a passage of documentation",
     "code_order_rc": "in which order some symbols continue a line of code",
 }
@@ -59,7 +59,7 @@ def tasks(held_out: Mapping[str, Sequence[str]], count: int) -> dict[str, list[Q
     stories = [p for p in problems if not p[0].startswith("What is")]
     makers = {
         "sums_rc": lambda rng: _places(sums, rng),
-        "stories_rc": lambda rng: _swaps(stories, rng),
+        "stories_rc": lambda rng: _places(stories, rng),
         "docs_order_rc": lambda rng: _orders(held_out["docs"], _WORDS, rng),
         "code_order_rc": lambda rng: _orders(held_out["code"], _SYMBOLS, rng),
     }
@@ -106,29 +106,11 @@ def _places(problems: Sequence[tuple[str, str]], rng: random.Random) -> Iterator
     for question, answer in problems:
         parts = re.split(r"(\d+)", answer)
         numbers = parts[1::2]
-        if not 3 <= len(numbers) <= 4:
+        if not 3 <= len(numbers) <= 6:
             continue
         orders = {
             "".join([*itertools.chain(*zip(parts[::2], order, strict=False)), parts[-1]])
             for order in itertools.permutations(numbers)
-        }
-        wrong = sorted(orders - {answer})
-        if len(wrong) < CHOICES - 1:
-            continue
-        chosen = [f" {text}" for text in rng.sample(wrong, CHOICES - 1)]
-        choices, gold = _shuffled(f" {answer}", chosen, rng)
-        yield f"Question: {question}\nAnswer:", choices, gold
-
-
-def _swaps(problems: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Question]:
-    """A word problem with its solution among those where two neighbouring words change places."""
-    problems = list(dict.fromkeys(problems))
-    rng.shuffle(problems)
-    for question, answer in problems:
-        words = answer.split(" ")
-        orders = {
-            " ".join([*words[:i], words[i + 1], words[i], *words[i + 2 :]])
-            for i in range(len(words) - 1)
         }
         wrong = sorted(orders - {answer})
         if len(wrong) < CHOICES - 1:
