@@ -93,6 +93,8 @@ class Fit:
     """Keep the second step from falling below chance."""
     run_weights: bool = False
     """Give every run the same weight in step 2, not every checkpoint."""
+    chance_points: int = 0
+    """Helper points of step 2: this many at chance, at the largest loss seen."""
     many_starts: bool = False
     """Search both steps from many starts and keep the best, not from the published one alone."""
     target: tuple[str, ...] = ()
@@ -166,6 +168,8 @@ class Fit:
             procedure = dataclasses.replace(procedure, floor="chance")
         if self.run_weights:
             procedure = dataclasses.replace(procedure, weights="runs")
+        if self.chance_points:
+            procedure = dataclasses.replace(procedure, chance_points=self.chance_points)
         if self.many_starts:
             procedure = dataclasses.replace(procedure, search="many")
         return procedure

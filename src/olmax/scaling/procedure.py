@@ -61,6 +61,8 @@ class Procedure:
             raise UserError(
                 f"skip={self.skip}: give the share of checkpoints to leave out, below 1"
             )
+        if self.chance_points < 0:
+            raise UserError(f"chance_points={self.chance_points}: give 0 or more")
         if self.delta <= 0:
             raise UserError(f"delta={self.delta} must be positive")
         if self.floor == "chance" and self.step2 != "sigmoid":
