@@ -36,8 +36,8 @@ class Blocks:
     kv: int = 512
 
     def fitted(self, q_len: int, kv_len: int) -> "Blocks":
-        """Not larger than the lengths need."""
-        return Blocks(min(self.q, _round_up(q_len, LANES)), min(self.kv, _round_up(kv_len, LANES)))
+        """As many blocks, but no larger than the lengths need: little is padded."""
+        return Blocks(_even(self.q, q_len), _even(self.kv, kv_len))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,5 +169,6 @@ def _backward(settings, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _even(block: int, length: int) -> int:
+    count = -(-length // block)
+    return -(-length // (count * LANES)) * LANES

@@ -111,7 +111,16 @@ def test_equals_the_reference_in_float32(implementation, case):
         assert not np.isnan(a).any()
 
 
-@pytest.mark.parametrize("case", ["grouped heads, a block and a bit", "segments and padding"])
+BFLOAT16_CASES = ["grouped heads, a block and a bit", "segments and padding"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in BFLOAT16_CASES else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_bfloat16_error_is_at_most_twice_that_of_the_reference(implementation, case):
     exact, _ = value_and_gradients("reference", case, "float32")
