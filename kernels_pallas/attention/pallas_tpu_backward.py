@@ -48,44 +48,50 @@ def backward(q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL, d_out_BLQH, d_lse_B
     head_dim, kv_len = k_BSKH.shape[3], k_BSKH.shape[1]
     block = settings.backward_blocks.kv
     part = max(block, RESIDENT_BYTES // (8 * _lanes(head_dim)) // block * block)
-    dqs, dks, dvs = [], [], []
-    for start in range(0, kv_len, part):
-        stop = min(start + part, kv_len)
-        dq, dk, dv = _part(
-            q_BLQH,
-            k_BSKH[:, start:stop],
-            v_BSKH[:, start:stop],
-            _keys_of(ids, start, stop),
-            lse_BQL,
-            delta_BQL,
-            d_out_BLQH,
-            dataclasses.replace(settings, shape=_shape_of(settings.shape, start, stop)),
-            jnp.float32 if part < kv_len else q_BLQH.dtype,
+    if kv_len <= part:
+        arrays = (q_BLQH, k_BSKH, v_BSKH, ids, lse_BQL, delta_BQL, d_out_BLQH)
+        return _part(*arrays, settings, q_BLQH.dtype)
+
+    def of_keys(start, length: int, q_offset: int | None):
+        """Gradients from the keys start .. start + length. Without a static q_offset, start may be
+        traced.
+        """
+        shape = dataclasses.replace(settings.shape, kv_len=length, q_offset=q_offset)
+
+        def cut(x, axis=1):
+            return jax.lax.dynamic_slice_in_dim(x, start, length, axis)
+
+        segments, subsegments = (
+            None if pair is None else (pair[0], cut(pair[1]))
+            for pair in (ids.segments, ids.subsegments)
         )
-        dqs.append(dq)
-        dks.append(dk)
-        dvs.append(dv)
-    if len(dqs) == 1:
-        return dqs[0], dks[0], dvs[0]
-    dq_BLQH = functools.reduce(jnp.add, dqs)
-    return dq_BLQH.astype(q_BLQH.dtype), jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1)
+        offset = settings.shape.q_offset if ids.q_offset is None else ids.q_offset
+        part_ids = Ids(
+            segments,
+            subsegments,
+            None if ids.mask is None else cut(ids.mask, 2),
+            jnp.int32(offset - start) if q_offset is None else None,
+        )
+        arrays = (q_BLQH, cut(k_BSKH), cut(v_BSKH), part_ids, lse_BQL, delta_BQL, d_out_BLQH)
+        return _part(*arrays, dataclasses.replace(settings, shape=shape), jnp.float32)
 
+    def add(dq_BLQH, start):
+        more_BLQH, *of_part = of_keys(start, part, None)
+        return dq_BLQH + more_BLQH, of_part
 
-def _keys_of(ids: Ids, start: int, stop: int) -> Ids:
-    def pair(pair):
-        return None if pair is None else (pair[0], pair[1][:, start:stop])
-
-    return Ids(
-        pair(ids.segments),
-        pair(ids.subsegments),
-        None if ids.mask is None else ids.mask[:, :, start:stop],
-        None if ids.q_offset is None else ids.q_offset - start,
+    # One program for all whole parts, another one for the rest.
+    whole, rest = divmod(kv_len, part)
+    dq_BLQH, parts = jax.lax.scan(
+        add, jnp.zeros(q_BLQH.shape, jnp.float32), jnp.arange(whole) * part
     )
-
-
-def _shape_of(shape: masks.Shape, start: int, stop: int) -> masks.Shape:
-    q_offset = None if shape.q_offset is None else shape.q_offset - start
-    return dataclasses.replace(shape, kv_len=stop - start, q_offset=q_offset)
+    dk_BSKH, dv_BSKH = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in parts)
+    if rest:
+        static = settings.shape.q_offset
+        start = whole * part
+        more_BLQH, dk, dv = of_keys(start, rest, None if static is None else static - start)
+        dq_BLQH = dq_BLQH + more_BLQH
+        dk_BSKH, dv_BSKH = jnp.concatenate((dk_BSKH, dk), 1), jnp.concatenate((dv_BSKH, dv), 1)
+    return dq_BLQH.astype(q_BLQH.dtype), dk_BSKH, dv_BSKH
 
 
 def _lanes(width: int) -> int:

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas import schedule, targets
 from kernels_pallas.attention import attention, ring_attention
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -66,6 +68,34 @@ def test_a_cut_sequence_gets_what_the_whole_one_gets(implementation, devices, op
     got = results(lambda q, k, v: ring(q, k, v, some_ids), q, k, v, d_out)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(schedule.libtpu_version() is None, reason="libtpu is not installed")
+def test_compiles_for_a_slice(monkeypatch):
+    for name, value in schedule.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    topology = topologies.get_topology_desc("v5e:2x2", platform="tpu")
+    mesh = Mesh(np.array(topology.devices).reshape(4), ("context",))
+    cut = PartitionSpec(None, "context")
+    sharding = NamedSharding(mesh, cut)
+    x = jax.ShapeDtypeStruct((1, 2048, 2, 128), jnp.bfloat16, sharding=sharding)
+    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=sharding)
+
+    def part(q, k, v, ids):
+        return ring_attention(q, k, v, axis_name="context", axis_size=4, segment_ids=ids)
+
+    ring = jax.shard_map(part, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False)
+
+    def both(q, k, v, ids, d_out):
+        out, pull = jax.vjp(lambda q, k, v: ring(q, k, v, ids), q, k, v)
+        return out, *pull(d_out)
+
+    with targets.compiling_for("tpu"):
+        lowered = jax.jit(both).trace(x, x, x, ids, x).lower(lowering_platforms=("tpu",))
+    program = lowered.compile().as_text()
+    assert program.count("tpu_custom_call") == 2
+    assert "collective-permute-start" in program and "all-gather" not in program
 
 
 def test_what_a_ring_cannot_take_is_an_error():

@@ -42,11 +42,13 @@ def test_reads_nothing_it_has_not_written_and_races_with_nothing(case):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_in_parts(monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "keys"), [("all masks", 128), pytest.param("window", 256, marks=pytest.mark.slow)]
+)
+def test_keys_in_parts(case, keys, monkeypatch):
     from kernels_pallas.attention import pallas_tpu_backward
 
-    case = "window"
-    monkeypatch.setattr(pallas_tpu_backward, "RESIDENT_BYTES", 8 * 128 * 256)
+    monkeypatch.setattr(pallas_tpu_backward, "RESIDENT_BYTES", 8 * 128 * keys)
     arrays, d_out, options = inputs(case, "float32")
     got = run(arrays, d_out, **options, **implementation_options("pallas_tpu"))
     expected, _ = value_and_gradients("reference", case, "float32")
