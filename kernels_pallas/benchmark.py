@@ -70,6 +70,11 @@ def versions() -> str:
     return ", ".join(found)
 
 
+INTRODUCTION = """# Benchmarks of the kernels
+
+Written by `make bench-kernels`. Bundles are static VLIW schedules, not times: see
+`kernels_pallas/schedule.py`.
+"""
 HEADER = (
     "| op | case | device | metric | value | baseline | ratio | against | note |\n"
     "|---|---|---|---|---:|---:|---:|---|---|"
@@ -96,30 +101,32 @@ def line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def sections() -> dict[str, str]:
+    """What the table says of each op."""
+    if not TABLE.exists():
+        return {}
+    _, *parts = TABLE.read_text().split("\n## ")
+    return {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip() for part in parts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="One table of all kernels' benchmarks.")
     parser.add_argument("ops", nargs="*", help=f"ops to run instead of all: {', '.join(ops())}")
-    arguments = parser.parse_args()
+    names = parser.parse_args().ops or ops()
     print(versions(), HEADER, sep="\n", flush=True)
-    lines = []
-    for row in rows(arguments.ops or ops()):
-        lines.append(line(row))
-        print(lines[-1], flush=True)
-    if arguments.ops:
-        return
-    text = "\n".join(
-        [
-            "# Benchmarks of the kernels",
-            "",
-            f"Written by `make bench-kernels`. {versions()}.",
-            "Bundles are static VLIW schedules, not times: see `kernels_pallas/schedule.py`.",
-            "",
-            HEADER,
-            *lines,
-            "",
-        ]
-    )
-    TABLE.write_text(text)
+    for name in names:
+        lines = []
+        for row in rows([name]):
+            lines.append(line(row))
+            print(lines[-1], flush=True)
+        write(name, lines)
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Puts an op's rows into the table, with the versions they come from."""
+    found = sections() | {name: "\n".join([versions() + ".", "", HEADER, *lines])}
+    parts = [f"## {op}\n\n{found[op]}\n" for op in sorted(found)]
+    TABLE.write_text("\n".join([INTRODUCTION, *parts]))
 
 
 if __name__ == "__main__":
