@@ -145,7 +145,28 @@ def test_keys_that_change_nothing_pass(caplog):
     assert "sliding_window" not in caplog.text
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+ONLY_OURS = {
+    # Experts without QK-norm, and QK-norm before experts that are not there.
+    "olmoe-ablation-8e",
+    "olmoe-ablation-32e",
+    "olmoe-ablation-64e",
+    "olmoe-ablation-128e",
+    "olmoe-tiny-dense",
+    # A shared expert, and experts that choose.
+    "olmoe-ablation-shared",
+    "olmoe-tiny-shared",
+    "olmoe-ablation-expert-choice",
+    "olmoe-tiny-expert-choice",
+}
+
+
+@pytest.mark.parametrize("preset", sorted(ONLY_OURS))
+def test_ablations_that_no_hugging_face_model_computes_are_refused(preset):
+    with pytest.raises(UserError, match="no Hugging Face model type"):
+        to_huggingface(get_preset(preset), dtype="bfloat16", eos_token_id=7)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - ONLY_OURS))
 def test_there_and_back(preset):
     config = get_preset(preset)
     values = json.loads(json.dumps(to_huggingface(config, dtype="bfloat16", eos_token_id=7)))
