@@ -238,13 +238,17 @@ def _answer(request: dict) -> dict:
     import jax
     from jax.experimental import topologies
 
+    from kernels_pallas import targets
+
     topology = topologies.get_topology_desc(request["topology"], platform="tpu")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     function, arguments = _build(request["target"], request["options"])
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
+    with targets.compiling_for("tpu"):
+        traced = jax.jit(function).trace(*arguments)
+    lowered = traced.lower(lowering_platforms=("tpu",))
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     return dict(

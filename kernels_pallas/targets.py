@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -25,3 +26,12 @@ def compiling_for(name: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def check_tpu(op: str, interpret: Any) -> None:
+    """Raises a ValueError where a TPU kernel is neither compiled for a TPU nor interpreted."""
+    if not interpret and platform() != "tpu":
+        raise ValueError(
+            f"{op}: implementation 'pallas_tpu' cannot run on {platform()}; it needs a TPU or "
+            "interpret=True (kernels_pallas.targets.compiling_for compiles ahead of time)"
+        )

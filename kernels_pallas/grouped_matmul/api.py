@@ -1,26 +1,40 @@
 """Public grouped products: argument checks and choice of implementation."""
 
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels_pallas.grouped_matmul import ragged, reference, tiled
+from kernels_pallas import targets
+from kernels_pallas.grouped_matmul import pallas_tpu, ragged, reference, tiled
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "tiled": tiled,
     "ragged": ragged,
+    "pallas_tpu": pallas_tpu,
 }
 
-PER_DEVICE = frozenset({"tiled"})
+PER_DEVICE = frozenset({"tiled", "pallas_tpu"})
 """Implementations the compiler cannot cut over a mesh: sharded callers use `jax.shard_map`."""
 
 
-def choose() -> str:
-    """The best implementation on the default backend."""
-    return "tiled" if jax.default_backend() == "cpu" else "ragged"
+def choose(dtype: DTypeLike, widths: tuple[int, ...], *, gathers: bool) -> str:
+    """The best implementation where the program will run, for rows of `dtype` that are gathered or
+    not, and matrices of these two widths, the contracted one first.
+
+    On TPUs our kernels where they take these, in programs for one device or inside `shard_map`.
+    """
+    backend = targets.platform()
+    if backend == "tpu":
+        if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+            return "ragged"
+        dtype = str(jnp.dtype(dtype))
+        reason = pallas_tpu.unsupported(dtype, widths, widths[0] if gathers else None)
+        return "ragged" if reason else "pallas_tpu"
+    return "tiled" if backend == "cpu" else "ragged"
 
 
 def grouped_matmul(
@@ -32,6 +46,7 @@ def grouped_matmul(
     transpose_rhs: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """Multiplies consecutive rows with the matrix of their group: out[m] = lhs[m] @ rhs[g(m)].
 
@@ -49,14 +64,16 @@ def grouped_matmul(
         of a row of lhs is the sum over its readers, added up in float32 in a fixed order.
       preferred_element_type: dtype of the result; lhs's when None.
       implementation: `reference` (G times the work), `tiled` (loops; CPUs), `ragged`
-        (`jax.lax.ragged_dot`; never run on a GPU here), or None for the best one here.
+        (`jax.lax.ragged_dot`; never run on a GPU here), `pallas_tpu` (float32 and bfloat16, widths
+        in multiples of 128, of 256 for bfloat16 rows to gather), or None for the best one here.
+      interpret: for `pallas_tpu` without a TPU: True, or `pltpu.InterpretParams` to simulate one.
 
     Returns:
       [M, N].
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that does not exist or
-        cannot take them.
+        cannot take them; `pallas_tpu` without `interpret` in a program that is not for TPUs.
     """
     op = "grouped_matmul"
     _check_floats(op, lhs=lhs, rhs=rhs)
@@ -69,13 +86,16 @@ def grouped_matmul(
             "they must be equal"
         )
     _check_groups(op, group_sizes_G, rhs.shape[0], lhs, rows_M)
-    return _pick(op, implementation).grouped_matmul(
+    widths = (contracted, rhs.shape[1 if transpose_rhs else 2])
+    implementation = implementation or choose(lhs.dtype, widths, gathers=rows_M is not None)
+    return _module(op, implementation).grouped_matmul(
         lhs,
         rhs,
         group_sizes_G,
         rows_M=rows_M,
         transpose_rhs=transpose_rhs,
         preferred_element_type=preferred_element_type,
+        **_interpret(op, implementation, interpret),
     )
 
 
@@ -86,13 +106,14 @@ def grouped_swiglu(
     *,
     rows_M: jax.Array | None = None,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """silu(x @ gate[g]) * (x @ up[g]) for consecutive rows, the first half of an expert.
 
     Args:
       x_TK: [T, K], float32, bfloat16 or float16.
       gate_up_GKCF: [G, K, 2, F]; index 0 is the gate, 1 is up. Cast to x's dtype.
-      group_sizes_G, rows_M, implementation: as in `grouped_matmul`.
+      group_sizes_G, rows_M, implementation, interpret: as in `grouped_matmul`.
 
     Returns:
       [M, F] in x's dtype; M is T without `rows_M`. silu and the product with up are float32.
@@ -110,8 +131,14 @@ def grouped_swiglu(
             f"[G, K, 2, F] with K = {x_TK.shape[1]} as in x_TK {x_TK.shape}"
         )
     _check_groups(op, group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M)
-    return _pick(op, implementation).grouped_swiglu(
-        x_TK, gate_up_GKCF, group_sizes_G, rows_M=rows_M
+    widths = (x_TK.shape[1], gate_up_GKCF.shape[3])
+    implementation = implementation or choose(x_TK.dtype, widths, gathers=rows_M is not None)
+    return _module(op, implementation).grouped_swiglu(
+        x_TK,
+        gate_up_GKCF,
+        group_sizes_G,
+        rows_M=rows_M,
+        **_interpret(op, implementation, interpret),
     )
 
 
@@ -141,10 +168,19 @@ def _check_groups(op: str, group_sizes_G, groups: int, lhs, rows_M) -> None:
         raise ValueError(f"{op}: rows_M {rows_M.shape} reads from no rows: {lhs.shape}")
 
 
-def _pick(op: str, implementation: str | None) -> ModuleType:
-    name = implementation or choose()
-    if name not in IMPLEMENTATIONS:
+def _module(op: str, implementation: str) -> ModuleType:
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"{op}: unknown implementation {name!r}; there are {sorted(IMPLEMENTATIONS)}"
+            f"{op}: unknown implementation {implementation!r}; there are {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[name]
+    return IMPLEMENTATIONS[implementation]
+
+
+def _interpret(op: str, implementation: str, interpret: Any) -> dict[str, Any]:
+    if not interpret:
+        return {}
+    if implementation != "pallas_tpu":
+        raise ValueError(
+            f"{op}: interpret is for implementation 'pallas_tpu', not {implementation!r}"
+        )
+    return {"interpret": interpret}

@@ -1,23 +1,31 @@
 """Public routing functions: argument checks and choice of implementation."""
 
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.router import reference, xla
+from kernels_pallas.router import pallas_tpu, reference, xla
 from kernels_pallas.router.routing import Dispatch, Routing
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "reference": reference,
+    "xla": xla,
+    "pallas_tpu": pallas_tpu,
+}
 
-PER_DEVICE: frozenset[str] = frozenset()
+PER_DEVICE = frozenset({"pallas_tpu"})
 """Implementations the compiler cannot cut over a mesh: sharded callers use `jax.shard_map`."""
 
 FLOATS = ("float32", "bfloat16", "float16")
 
 
 def choose() -> str:
-    """The best implementation on the default backend."""
+    """The best implementation on the default backend.
+
+    `xla` on every one: our kernels have not been timed on a TPU.
+    """
     return "xla"
 
 
@@ -27,6 +35,7 @@ def route(
     *,
     valid_T: jax.Array | None = None,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> Routing:
     """Softmax over all experts, then the k largest, not renormalised (OLMoE, arXiv 2409.02060).
 
@@ -39,14 +48,17 @@ def route(
       logits_TE: [T, E], float32, bfloat16 or float16; computed with in float32.
       k: experts per token, 1 .. E.
       valid_T: bool [T]; False excludes a token, for padding, from counts, sums and positions.
-      implementation: `reference`, `xla`, or None for the best one here.
+      implementation: `reference`, `xla`, `pallas_tpu` (float32 and bfloat16), or None for the best
+        one here.
+      interpret: for `pallas_tpu` without a TPU: True, or `pltpu.InterpretParams` to simulate one.
 
     Returns:
       A `Routing`, whose fields say what they are.
 
     Raises:
       ValueError: k beyond the experts, shapes or dtypes that do not fit, or an implementation that
-        does not exist.
+        does not exist or cannot take them; `pallas_tpu` without `interpret` in a program that is
+        not for TPUs.
     """
     if logits_TE.ndim != 2 or logits_TE.dtype not in FLOATS or not logits_TE.shape[1]:
         raise ValueError(
@@ -63,7 +75,8 @@ def route(
             f"route: valid_T is {valid_T.dtype} {valid_T.shape}, "
             f"expected bool {logits_TE.shape[:1]}: one per token"
         )
-    return _pick("route", implementation).route(logits_TE, k, valid_T)
+    route, options = _pick("route", implementation, interpret)
+    return route(logits_TE, k, valid_T, **options)
 
 
 def dispatch(routing: Routing) -> Dispatch:
@@ -84,6 +97,7 @@ def combine(
     weights_Tk: jax.Array,
     *,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """out[t] = sum over slots of weights[t, slot] * y[destinations[t, slot]], slot after slot.
 
@@ -92,9 +106,10 @@ def combine(
     Args:
       y_MD: [M, D], float32, bfloat16 or float16; summed in float32.
       destinations_Tk: int32 [T, k], rows of y. No row may be named twice, or its gradient is that
-        of one of the slots. A destination of M or more reads zeros.
+        of one of the slots. A destination of M or more reads zeros. On TPUs, bfloat16 rows are
+        repacked in memory before they are gathered; rows in float32 are gathered as they are.
       weights_Tk: [T, k], any of those dtypes.
-      implementation: as in `route`.
+      implementation, interpret: as in `route`.
 
     Returns:
       [T, D] in y's dtype.
@@ -116,13 +131,17 @@ def combine(
             f"combine: weights_Tk is {weights_Tk.dtype} {weights_Tk.shape}, expected "
             f"{destinations_Tk.shape} as destinations_Tk, one of {FLOATS}"
         )
-    return _pick("combine", implementation).combine(y_MD, destinations_Tk, weights_Tk)
+    combine, options = _pick("combine", implementation, interpret)
+    return combine(y_MD, destinations_Tk, weights_Tk, **options)
 
 
-def _pick(op: str, implementation: str | None) -> ModuleType:
+def _pick(op: str, implementation: str | None, interpret: Any) -> tuple[Any, dict[str, Any]]:
+    """The implementation's function, and its options."""
     name = implementation or choose()
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"{op}: unknown implementation {name!r}; there are {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[name]
+    if interpret and name != "pallas_tpu":
+        raise ValueError(f"{op}: interpret is for implementation 'pallas_tpu', not {name!r}")
+    return getattr(IMPLEMENTATIONS[name], op), {"interpret": interpret} if interpret else {}

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.router.routing import Routing
+from kernels_pallas.router.routing import Routing, in_order
 
 
 def route(logits_TE: jax.Array, k: int, valid_T: jax.Array | None) -> Routing:
@@ -12,7 +12,7 @@ def route(logits_TE: jax.Array, k: int, valid_T: jax.Array | None) -> Routing:
     logits_TE = logits_TE.astype(jnp.float32)
     probabilities_TE = jax.nn.softmax(logits_TE, axis=-1)
     # By logits: probabilities of unlike experts can round to the same number.
-    _, experts_Tk = jax.lax.top_k(jax.lax.stop_gradient(logits_TE), k)
+    _, experts_Tk = jax.lax.top_k(in_order(jax.lax.stop_gradient(logits_TE)), k)
     weights_Tk = jnp.take_along_axis(probabilities_TE, experts_Tk, axis=1)
     lse_T = jax.nn.logsumexp(logits_TE, axis=-1)
     if valid_T is not None:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Routing(NamedTuple):
@@ -31,3 +32,28 @@ class Dispatch(NamedTuple):
     """int32 [T, k]: the row of each (token, slot)."""
     rows_M: jax.Array
     """int32 [M]: the token of each row."""
+
+
+def place_padding(
+    weights_Tk: jax.Array,
+    experts_Tk: jax.Array,
+    positions_Tk: jax.Array,
+    valid_T: jax.Array | None,
+    experts: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three with padding tokens behind all experts, one after the other."""
+    if valid_T is None:
+        return weights_Tk, experts_Tk, positions_Tk
+    valid_T1, slots = valid_T[:, None], jnp.arange(experts_Tk.shape[1], dtype=jnp.int32)
+    padding_T = jnp.logical_not(valid_T).astype(jnp.int32)
+    behind_T1 = ((jnp.cumsum(padding_T) - padding_T) * len(slots))[:, None]
+    return (
+        jnp.where(valid_T1, weights_Tk, 0),
+        jnp.where(valid_T1, experts_Tk, experts),
+        jnp.where(valid_T1, positions_Tk, behind_T1 + slots),
+    )
+
+
+def in_order(logits_TE: jax.Array) -> jax.Array:
+    """The logits as `jax.lax.top_k` must get them: it puts 0 before -0, which are equal."""
+    return jnp.where(logits_TE == 0, jnp.zeros_like(logits_TE), logits_TE)

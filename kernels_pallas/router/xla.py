@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.router import gradients
-from kernels_pallas.router.routing import Routing
+from kernels_pallas.router.routing import Routing, in_order, place_padding
 
 BLOCK = 128
 
@@ -30,13 +30,11 @@ def _route(logits_TE, k, valid_T) -> Routing:
     logits_TE = logits_TE.astype(jnp.float32)
     lse_T = jax.nn.logsumexp(logits_TE, axis=-1)
     probabilities_TE = jnp.exp(logits_TE - lse_T[:, None])
-    top_Tk, experts_Tk = jax.lax.top_k(logits_TE, k)
+    top_Tk, experts_Tk = jax.lax.top_k(in_order(logits_TE), k)
     weights_Tk = jnp.exp(top_Tk - lse_T[:, None])
     if valid_T is not None:
-        valid_T1 = valid_T[:, None]
-        weights_Tk = jnp.where(valid_T1, weights_Tk, 0)
-        experts_Tk = jnp.where(valid_T1, experts_Tk, experts)
-        probabilities_TE = jnp.where(valid_T1, probabilities_TE, 0)
+        experts_Tk = jnp.where(valid_T[:, None], experts_Tk, experts)
+        probabilities_TE = jnp.where(valid_T[:, None], probabilities_TE, 0)
         lse_T = jnp.where(valid_T, lse_T, 0)
     # Expert E is not among these: padding tokens choose none.
     chosen_kTE = [experts_Tk[:, slot, None] == jnp.arange(experts) for slot in range(k)]
@@ -44,10 +42,9 @@ def _route(logits_TE, k, valid_T) -> Routing:
     before_TE, counts_E = _prefix_counts(chosen_TE)
     positions_kT = [jnp.sum(jnp.where(chosen_TE, before_TE, 0), axis=1) for chosen_TE in chosen_kTE]
     positions_Tk = jnp.stack(positions_kT, axis=1).astype(jnp.int32)
-    if valid_T is not None:
-        padding_T = jnp.logical_not(valid_T).astype(jnp.int32)
-        behind_T = (jnp.cumsum(padding_T) - padding_T) * k
-        positions_Tk = jnp.where(valid_T[:, None], positions_Tk, behind_T[:, None] + jnp.arange(k))
+    weights_Tk, experts_Tk, positions_Tk = place_padding(
+        weights_Tk, experts_Tk, positions_Tk, valid_T, experts
+    )
     return Routing(
         weights_Tk=weights_Tk,
         experts_Tk=experts_Tk,

@@ -1,13 +1,26 @@
 """Every implementation of the grouped products against the definition: values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu, rows
+from kernels_pallas import targets
+from kernels_pallas.grouped_matmul import (
+    choose,
+    grouped_matmul,
+    grouped_swiglu,
+    pallas_tpu_kernels,
+    rows,
+)
+from kernels_pallas.schedule import compile_for
 
-OTHERS = sorted(set(IMPLEMENTATIONS) - {"reference"})
+OTHERS = ["tiled", "ragged"]
+"""What runs here; the kernels for TPUs are slow to interpret and run fewer cases by default."""
 
 # tokens, rows, sizes of the groups, K, N, whether rows are gathered
 CASES = {
@@ -22,11 +35,34 @@ CASES = {
 }
 
 
-def outputs_and_gradients(implementation, case, dtype):
+KERNEL_CASES = {
+    "ends inside tiles, one empty, rows past the last": (20, 50, (20, 0, 13), 256, 128, True),
+    "without a gather": (50, 50, (20, 0, 13), 256, 128, False),
+    "one row": (1, 1, (0, 1, 0), 256, 128, True),
+    "one group takes all": (20, 100, (0, 100, 0, 0), 256, 128, True),
+    "groups past the last row": (20, 70, (13, 7, 20, 5, 3, 0, 50), 256, 384, True),
+    "all empty": (9, 40, (0, 0), 256, 128, True),
+    "no rows": (9, 0, (0, 0), 256, 128, True),
+}
+"""The same for the TPU kernels, whose widths are whole lanes."""
+
+SIMULATED_TPU = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(
+        pallas_tpu_kernels, "tile_rows", lambda rows, groups: min(32, max(16, rows))
+    )
+
+
+def outputs_and_gradients(implementation, case, dtype, cases=None, interpret=False):
     """(h, y, z, dx, d gate_up, d down) as float32: both halves of an expert, and a product with a
     transposed matrix.
     """
-    tokens, count, sizes, width, hidden, gathers = CASES[case]
+    tokens, count, sizes, width, hidden, gathers = (cases or CASES)[case]
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -39,10 +75,12 @@ def outputs_and_gradients(implementation, case, dtype):
     sizes = jnp.asarray(sizes, jnp.int32)
     picks = jnp.asarray(rng.integers(0, tokens, count), jnp.int32) if gathers else None
 
+    how = dict(implementation=implementation, interpret=interpret)
+
     def run(x, gate_up, down):
         def total(x, gate_up, down):
-            h = grouped_swiglu(x, gate_up, sizes, rows_M=picks, implementation=implementation)
-            y = grouped_matmul(h, down, sizes, implementation=implementation)
+            h = grouped_swiglu(x, gate_up, sizes, rows_M=picks, **how)
+            y = grouped_matmul(h, down, sizes, **how)
             z = grouped_matmul(
                 x,
                 down,
@@ -50,7 +88,7 @@ def outputs_and_gradients(implementation, case, dtype):
                 rows_M=picks,
                 transpose_rhs=True,
                 preferred_element_type=jnp.float32,
-                implementation=implementation,
+                **how,
             )
             return jnp.sum(y * along_y) + jnp.sum((h + z) * along_h), (h, y, z)
 
@@ -61,23 +99,123 @@ def outputs_and_gradients(implementation, case, dtype):
     return [np.asarray(a, np.float32) for a in jax.jit(run)(x, gate_up, down)]
 
 
+def check(implementation, case, dtype, cases=None, interpret=False):
+    """float32 to 1e-5; other dtypes to twice the reference's own error in them."""
+    got = outputs_and_gradients(implementation, case, dtype, cases, interpret)
+    exact = outputs_and_gradients("reference", case, "float32", cases)
+    if dtype == "float32":
+        for a, b in zip(got, exact, strict=True):
+            scale = max(1, np.abs(b).max(initial=0))
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale)
+        return
+    plain = outputs_and_gradients("reference", case, dtype, cases)
+    for a, b, c in zip(got, plain, exact, strict=True):
+        assert np.linalg.norm(a - c) <= 2 * np.linalg.norm(b - c) + 1e-6 * np.linalg.norm(c)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_equals_the_reference_in_float32(implementation, case):
-    expected = outputs_and_gradients("reference", case, "float32")
-    got = outputs_and_gradients(implementation, case, "float32")
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max(initial=0)))
+    check(implementation, case, "float32")
 
 
 @pytest.mark.parametrize("case", list(CASES)[:2])
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_bfloat16_error_is_at_most_twice_that_of_the_reference(implementation, case):
-    exact = outputs_and_gradients("reference", case, "float32")
-    plain = outputs_and_gradients("reference", case, "bfloat16")
-    got = outputs_and_gradients(implementation, case, "bfloat16")
-    for a, b, c in zip(got, plain, exact, strict=True):
-        assert np.linalg.norm(a - c) <= 2 * np.linalg.norm(b - c) + 1e-6 * np.linalg.norm(c)
+    check(implementation, case, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(
+            case,
+            dtype,
+            marks=[] if (index, dtype) in ((0, "bfloat16"), (1, "float32")) else pytest.mark.slow,
+        )
+        for index, case in enumerate(KERNEL_CASES)
+        for dtype in ("float32", "bfloat16")
+    ],
+)
+def test_tpu_kernels_equal_the_reference(small_tiles, case, dtype):
+    check("pallas_tpu", case, dtype, KERNEL_CASES, interpret=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_tpu_kernels_on_a_simulated_tpu(small_tiles, case, dtype):
+    """No races, no use of what was never written, nothing read out of bounds."""
+    check("pallas_tpu", case, dtype, KERNEL_CASES, interpret=SIMULATED_TPU)
+    races = interpret_pallas_call.races
+    assert races is None or not races.races_found
+
+
+def test_one_tpu_kernel_on_a_simulated_tpu(small_tiles):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(9, 256)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(3, 256, 128)), jnp.bfloat16)
+    sizes, picks = jnp.asarray([20, 0, 13], jnp.int32), jnp.arange(40, dtype=jnp.int32) % 9
+    product = functools.partial(grouped_matmul, x, w, sizes, rows_M=picks)
+    got = product(implementation="pallas_tpu", interpret=SIMULATED_TPU)
+    expected = product(implementation="reference")
+    np.testing.assert_allclose(
+        got.astype(np.float32), expected.astype(np.float32), rtol=1e-2, atol=1e-2
+    )
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_tpu_kernels_are_for_tpus():
+    x, w, sizes = jnp.ones((6, 128)), jnp.ones((2, 128, 128)), jnp.ones(2, jnp.int32)
+    with pytest.raises(ValueError, match="'pallas_tpu' cannot run on cpu; it needs a TPU"):
+        grouped_matmul(x, w, sizes, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="interpret is for implementation 'pallas_tpu'"):
+        grouped_matmul(x, w, sizes, implementation="tiled", interpret=True)
+    with pytest.raises(ValueError, match=r"widths in multiples of 128, got \(64, 128\)"):
+        grouped_matmul(x[:, :64], w[:, :64], sizes, implementation="pallas_tpu", interpret=True)
+
+
+def test_the_choice_is_what_can_run(monkeypatch):
+    assert choose("float32", (64, 64), gathers=True) == "tiled"
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with targets.compiling_for("tpu"):
+        assert choose("bfloat16", (2048, 1024), gathers=True) == "ragged"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with targets.compiling_for("tpu"):
+        assert choose("bfloat16", (2048, 1024), gathers=True) == "pallas_tpu"
+        assert choose("bfloat16", (128, 1024), gathers=True) == "ragged"
+        assert choose("float16", (2048, 1024), gathers=False) == "ragged"
+    with targets.compiling_for("gpu"):
+        assert choose("bfloat16", (2048, 1024), gathers=True) == "ragged"
+
+
+@pytest.mark.parametrize(
+    ("chip", "which", "mebibytes"),
+    [
+        ("v6e", "product", 1),
+        *[
+            pytest.param(chip, which, mebibytes, marks=pytest.mark.slow)
+            for chip in ("v5e", "v5p", "v6e", "tpu7x")
+            for which, mebibytes in (
+                ("product", 1),
+                ("gathered", 65),
+                ("dlhs", 1),
+                ("drhs", 1),
+                ("swiglu", 577),
+                ("swiglu_backward", 2000),
+            )
+        ],
+    ],
+)
+def test_tpu_kernels_compile_at_the_size_of_olmoe(chip, which, mebibytes):
+    """`gathered` packs its tokens; `swiglu` puts the matrices of gate and up one after the other
+    instead of row by row.
+    """
+    pytest.importorskip("libtpu")
+    program = compile_for(
+        "kernels_pallas.grouped_matmul.benchmark:ours", chip, dump=False, which=which
+    )
+    assert program.temp_bytes <= mebibytes * 2**20
 
 
 def test_reference_equals_a_loop_in_numpy():
@@ -91,7 +229,7 @@ def test_reference_equals_a_loop_in_numpy():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", *OTHERS])
 def test_dtypes_of_results_and_gradients(implementation):
     x, w = jnp.ones((6, 8), jnp.bfloat16), jnp.ones((2, 8, 4))
     sizes = jnp.asarray([2, 4], jnp.int32)
@@ -104,7 +242,7 @@ def test_dtypes_of_results_and_gradients(implementation):
     assert (out.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", *OTHERS])
 def test_negative_sizes_count_as_zero(implementation):
     x, w = jnp.ones((4, 8)), jnp.stack([jnp.ones((8, 1)), 2 * jnp.ones((8, 1))])
     sizes = jnp.asarray([-3, 2], jnp.int32)

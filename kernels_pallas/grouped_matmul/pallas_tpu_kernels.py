@@ -1,0 +1,440 @@
+"""The TPU kernels under `pallas_tpu`: rows times matrices, and rows times rows.
+
+Letters: M rows, R rows of a tile, C matrices of a group that share their input (gate and up), K
+contracted, N columns, J columns of a block.
+
+A grid step is a visit of a tile for a group. The whole width K of a tile and, where it fits, the
+whole matrix of a group lie in VMEM, so a matrix is read once however many tiles its group has.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.grouped_matmul import visits as visits_lib
+from kernels_pallas.row_gather import Gather, GatherInputs, gather_inputs, pack, unpack
+
+VMEM_BUDGET = 44 * 2**20
+"""What tiles are sized for. The limit leaves room for what the compiler adds."""
+VMEM_LIMIT = 60 * 2**20
+CHUNKS = (2048, 1024, 512, 256)
+"""Columns of one product inside a block. Every product ends with a drained pipeline, so long ones
+are better; where a loop's body has two, long ones take minutes to compile.
+"""
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile and columns of a block."""
+
+    rows: int
+    columns: int
+
+
+def tile_rows(rows: int, groups: int) -> int:
+    """Rows of a tile: at most half of an average group, as every group ends in a partial tile."""
+    for size in (512, 256):
+        if rows >= 2 * size * groups:
+            return size
+    return min(128, -(-rows // 16) * 16)
+
+
+def block_columns(columns: int, bytes_per_column: int, fixed_bytes: int) -> int:
+    """The widest block that divides the columns into whole lanes and fits."""
+    widths = [
+        columns // parts
+        for parts in range(1, columns // LANES + 1)
+        if columns % parts == 0 and columns // parts % LANES == 0
+    ]
+    for width in widths:
+        if fixed_bytes + width * bytes_per_column <= VMEM_BUDGET:
+            return width
+    return widths[-1]
+
+
+def product(
+    lhs_CMK: jax.Array,
+    rhs_GCKN: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    rows_M: jax.Array | None = None,
+    d_hidden_MN: jax.Array | None = None,
+    transpose_rhs: bool = False,
+    mode: str = "sum",
+    out_dtype: Any,
+    tiles: Tiles | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Rows times the matrices of their group.
+
+    Args:
+      lhs_CMK: [C, M, K] in mode `sum`, else [1, M, K]; [1, T, K] with `rows_M`.
+      rhs_GCKN: [G, C, K, N], or [G, C, N, K] with `transpose_rhs`.
+      mode: `sum` adds the C products up: [M, N]. `swiglu` is silu(first) * second: [M, N].
+        `swiglu_backward` returns the gradients of first and second, [2, M, N], from `d_hidden`.
+    """
+    groups, parts = rhs_GCKN.shape[:2]
+    width, columns = rhs_GCKN.shape[2:][:: -1 if transpose_rhs else 1]
+    rows = lhs_CMK.shape[1] if rows_M is None else rows_M.shape[0]
+    item, outputs = lhs_CMK.dtype.itemsize, 2 if mode == "swiglu_backward" else 1
+    if tiles is None:
+        size = tile_rows(rows, groups)
+        fixed = 3 * size * width * item * lhs_CMK.shape[0]
+        per_column = 2 * parts * width * item
+        per_column += 2 * size * outputs * jnp.dtype(out_dtype).itemsize
+        per_column += 0 if d_hidden_MN is None else 2 * size * item
+        tiles = Tiles(size, block_columns(columns, per_column, fixed))
+    visits = visits_lib.by_tile(group_sizes_G, rows, tiles.rows)
+    scalars = visits[:4]
+
+    def tile_index(n, v, group_V, tile_V, *_):
+        return tile_V[v]
+
+    def group_index(n, v, group_V, *_):
+        # The rows past the last group have no matrix; they keep the last one.
+        return jnp.minimum(group_V[v], groups - 1)
+
+    gather = _gather_inputs(lhs_CMK[0], rows_M, tiles.rows, tile_index)
+    scratch = []
+    if gather is not None:
+        scratch = [pltpu.VMEM((tiles.rows, width), lhs_CMK.dtype), *gather.scratch]
+    if transpose_rhs:
+        rhs_block, rhs_place = (tiles.columns, width), lambda n: (n, 0)
+    else:
+        rhs_block, rhs_place = (width, tiles.columns), lambda n: (0, n)
+    rhs_spec = pl.BlockSpec(
+        (None, parts, *rhs_block), lambda n, v, *s: (group_index(n, v, *s), 0, *rhs_place(n))
+    )
+    lhs_spec = pl.BlockSpec(
+        (lhs_CMK.shape[0], tiles.rows, width), lambda n, v, *s: (0, tile_index(n, v, *s), 0)
+    )
+    d_hidden_spec = pl.BlockSpec(
+        (tiles.rows, tiles.columns), lambda n, v, *s: (tile_index(n, v, *s), n)
+    )
+    inputs = [(rhs_GCKN, rhs_spec)]
+    inputs += [(lhs_CMK, lhs_spec)] if gather is None else gather.inputs
+    inputs += [] if d_hidden_MN is None else [(d_hidden_MN, d_hidden_spec)]
+    out = pl.pallas_call(
+        functools.partial(
+            _product_kernel,
+            groups=groups,
+            gathers=gather is not None,
+            has_d_hidden=d_hidden_MN is not None,
+            transpose_rhs=transpose_rhs,
+            mode=mode,
+            dtype=lhs_CMK.dtype,
+            interpret=bool(interpret),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(columns // tiles.columns, visits.count),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=pl.BlockSpec(
+                (outputs, tiles.rows, tiles.columns),
+                lambda n, v, *s: (0, tile_index(n, v, *s), n),
+            ),
+            scratch_shapes=scratch,
+        ),
+        out_shape=jax.ShapeDtypeStruct((outputs, rows, columns), out_dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+            disable_bounds_checks=True,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * width * columns * parts,
+            bytes_accessed=item * (rhs_GCKN.size + rows * (width + outputs * columns)),
+            transcendentals=0 if mode == "sum" else rows * columns,
+        ),
+        interpret=interpret,
+        name=f"grouped_{mode}" if mode != "sum" else "grouped_matmul",
+    )(*scalars, *[array for array, _ in inputs])
+    return out if outputs == 2 else out[0]
+
+
+def _product_kernel(
+    group_V,
+    tile_V,
+    start_G,
+    stop_G,
+    rhs_CKJ,
+    *refs,
+    groups: int,
+    gathers: bool,
+    has_d_hidden: bool,
+    transpose_rhs: bool,
+    mode: str,
+    dtype,
+    interpret: bool,
+):
+    refs = list(refs)
+    visit, visits = pl.program_id(1), pl.num_programs(1)
+    if gathers:
+        source, rows, next_rows = refs[:3]
+        *refs, lhs_RK, slots, semaphores = refs[3:]
+        gather = Gather(source, rows, next_rows, slots, semaphores)
+    else:
+        lhs_CRK, *refs = refs
+        gather = None
+    d_hidden_RJ: Any = refs.pop(0) if has_d_hidden else None
+    (out_ORJ,) = refs
+    tile, group = tile_V[visit], group_V[visit]
+    size, columns = out_ORJ.shape[1:]
+    chunk = _chunk(columns, products=1 if mode == "sum" else 2)
+    chunks = columns // chunk
+    row_R1 = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    inside_R1 = (row_R1 >= start_G[group]) & (row_R1 < stop_G[group])
+
+    if gather is not None:
+
+        @pl.when(_is_new_tile(tile_V, visit))
+        def _():
+            _arrive(gather, tile, visit)
+            for piece, words in _pieces(gather.slots, tile % 2):
+                for column, values in _placed(piece, words, dtype, lhs_RK.shape[1]):
+                    lhs_RK[:, pl.ds(column, values.shape[1])] = values
+
+    def lhs(part: int):
+        return lhs_RK[...] if gather is not None else lhs_CRK[part]
+
+    def compute():
+        def one(index, carry):
+            place = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+            products = [
+                _dot(
+                    lhs(part if mode == "sum" else 0),
+                    rhs_CKJ[part, place, :] if transpose_rhs else rhs_CKJ[part, :, place],
+                    ((1,), (1 if transpose_rhs else 0,)),
+                    interpret,
+                )
+                for part in range(rhs_CKJ.shape[0])
+            ]
+            if mode == "sum":
+                values = [functools.reduce(jnp.add, products)]
+            elif mode == "swiglu":
+                gate_RJ, up_RJ = products
+                values = [gate_RJ * jax.nn.sigmoid(gate_RJ) * up_RJ]
+            else:
+                gate_RJ, up_RJ = products
+                d_h_RJ = d_hidden_RJ[:, place].astype(jnp.float32)
+                sigmoid_RJ = jax.nn.sigmoid(gate_RJ)
+                d_gate_RJ = d_h_RJ * up_RJ * sigmoid_RJ * (1 + gate_RJ * (1 - sigmoid_RJ))
+                values = [d_gate_RJ, d_h_RJ * gate_RJ * sigmoid_RJ]
+            for part, value in enumerate(values):
+                new_RJ = value.astype(out_ORJ.dtype)
+                out_ORJ[part, :, place] = jnp.where(inside_R1, new_RJ, out_ORJ[part, :, place])
+            return carry
+
+        jax.lax.fori_loop(0, chunks, one, None)
+
+    if gather is not None:
+        _start_next(gather, tile_V, visit, tile_V[visits - 1])
+    pl.when(group < groups)(compute)
+
+    @pl.when(group == groups)
+    def _():
+        for part in range(out_ORJ.shape[0]):
+            out_ORJ[part] = jnp.where(inside_R1, jnp.zeros_like(out_ORJ[part]), out_ORJ[part])
+
+
+def outer(
+    lhs_MK: jax.Array,
+    d_out_CMN: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    rows_M: jax.Array | None = None,
+    out_dtype: Any,
+    tiles: Tiles | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """[G, C, K, N]: for every group the sum over its rows of lhs [K, 1] times d_out [1, N]."""
+    (groups,), (parts, rows, columns) = group_sizes_G.shape, d_out_CMN.shape
+    width, item = lhs_MK.shape[1], lhs_MK.dtype.itemsize
+    if tiles is None:
+        size = tile_rows(rows, groups)
+        fixed = 3 * size * width * item
+        per_column = 2 * parts * (width * 4 + size * item)
+        tiles = Tiles(size, block_columns(columns, per_column, fixed))
+    visits = visits_lib.by_group(group_sizes_G, rows, tiles.rows)
+    last_tile = visits.tile_V[visits.count - 1].reshape(1)
+    scalars = (*visits[:4], last_tile)
+
+    def tile_index(n, v, group_V, tile_V, *_):
+        return tile_V[v]
+
+    gather = _gather_inputs(lhs_MK, rows_M, tiles.rows, tile_index)
+    d_out_spec = pl.BlockSpec(
+        (parts, tiles.rows, tiles.columns), lambda n, v, *s: (0, tile_index(n, v, *s), n)
+    )
+    lhs_spec = pl.BlockSpec((tiles.rows, width), lambda n, v, *s: (tile_index(n, v, *s), 0))
+    inputs = [(d_out_CMN, d_out_spec)]
+    inputs += [(lhs_MK, lhs_spec)] if gather is None else gather.inputs
+    block = (parts, width, tiles.columns)
+    sums_apart = jnp.dtype(out_dtype) != jnp.float32
+    return pl.pallas_call(
+        functools.partial(
+            _outer_kernel,
+            gathers=gather is not None,
+            sums_apart=sums_apart,
+            dtype=lhs_MK.dtype,
+            interpret=bool(interpret),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(columns // tiles.columns, visits.count),
+            in_specs=[spec for _, spec in inputs],
+            out_specs=pl.BlockSpec((None, *block), lambda n, v, group_V, *_: (group_V[v], 0, 0, n)),
+            scratch_shapes=[
+                pltpu.VMEM((width, tiles.rows), lhs_MK.dtype),
+                *([pltpu.VMEM(block, jnp.float32)] if sums_apart else []),
+                *([] if gather is None else gather.scratch),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((groups, parts, width, columns), out_dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+            disable_bounds_checks=True,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * width * columns * parts,
+            bytes_accessed=item * rows * (width + parts * columns)
+            + 4 * groups * parts * width * columns,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="grouped_outer",
+    )(*scalars, *[array for array, _ in inputs])
+
+
+def _outer_kernel(
+    group_V,
+    tile_V,
+    start_G,
+    stop_G,
+    last_tile,
+    d_out_CRJ,
+    *refs,
+    gathers: bool,
+    sums_apart: bool,
+    dtype,
+    interpret: bool,
+):
+    refs = list(refs)
+    visit, visits = pl.program_id(1), pl.num_programs(1)
+    if gathers:
+        source, rows, next_rows, *refs = refs
+        *refs, slots, semaphores = refs
+        gather = Gather(source, rows, next_rows, slots, semaphores)
+    else:
+        lhs_RK, *refs = refs
+        gather = None
+    out_CKJ, lhs_KR = refs[:2]
+    sums_CKJ = refs[2] if sums_apart else out_CKJ
+    tile, group = tile_V[visit], group_V[visit]
+    parts, size, columns = d_out_CRJ.shape
+    width = lhs_KR.shape[0]
+    chunk = _chunk(columns, products=parts)
+    chunks = columns // chunk
+    row_R1 = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    inside_R1 = (row_R1 >= start_G[group]) & (row_R1 < stop_G[group])
+
+    # Rows of other groups must go from both sides: zero times what may stand there is not zero.
+    if gather is None:
+        for column in range(0, width, LANES):
+            values = lhs_RK[:, pl.ds(column, LANES)]
+            lhs_KR[pl.ds(column, LANES), :] = jnp.where(inside_R1, values, 0).astype(dtype).T
+    else:
+        pl.when(_is_new_tile(tile_V, visit))(lambda: _arrive(gather, tile, visit))
+        for piece, words in _pieces(gather.slots, tile % 2):
+            for column, values in _placed(piece, words, dtype, width):
+                masked = jnp.where(inside_R1, values, jnp.zeros_like(values))
+                lhs_KR[pl.ds(column, LANES), :] = masked.T
+
+    is_first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
+
+    def compute():
+        def one(index, carry):
+            place = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+            for part in range(parts):
+                d_out_RJ = d_out_CRJ[part, :, place]
+                d_out_RJ = jnp.where(inside_R1, d_out_RJ, jnp.zeros_like(d_out_RJ))
+                before_KJ = jnp.where(is_first, 0.0, sums_CKJ[part, :, place])
+                sums_CKJ[part, :, place] = before_KJ + _dot(
+                    lhs_KR[...], d_out_RJ, ((1,), (0,)), interpret
+                )
+            return carry
+
+        jax.lax.fori_loop(0, chunks, one, None)
+
+    if gather is not None:
+        _start_next(gather, tile_V, visit, last_tile[0])
+    compute()
+
+    if sums_apart:
+        is_last = (visit == visits - 1) | (group_V[jnp.minimum(visit + 1, visits - 1)] != group)
+
+        @pl.when(is_last)
+        def _():
+            out_CKJ[...] = sums_CKJ[...].astype(out_CKJ.dtype)
+
+
+def _gather_inputs(x_TK, rows_M, size: int, tile_index) -> GatherInputs | None:
+    if rows_M is None:
+        return None
+    tiles = -(-rows_M.shape[0] // size)
+    rows_t1R = jnp.pad(rows_M, (0, tiles * size - rows_M.shape[0])).reshape(tiles, 1, size)
+    return gather_inputs(pack(x_TK), rows_t1R, tile_index)
+
+
+def _chunk(columns: int, products: int) -> int:
+    limit = CHUNKS[0] if products == 1 else 512
+    return next((size for size in CHUNKS if size <= limit and columns % size == 0), LANES)
+
+
+def _is_new_tile(tile_V, visit):
+    return (visit == 0) | (tile_V[jnp.maximum(visit - 1, 0)] != tile_V[visit])
+
+
+def _arrive(gather: Gather, tile, visit) -> None:
+    """Waits for the tile's rows, which the tile before has started; the first starts its own."""
+    slot = tile % 2
+    pl.when(visit == 0)(lambda: gather.start_all(gather.rows, slot))
+    gather.wait(slot)
+
+
+def _start_next(gather: Gather, tile_V, visit, last_tile) -> None:
+    """The first visit of a tile starts the rows of the next one."""
+    tile = tile_V[visit]
+
+    @pl.when(_is_new_tile(tile_V, visit) & (tile < last_tile))
+    def _():
+        gather.start_all(gather.next_rows, 1 - tile % 2)
+
+
+def _pieces(slots, slot):
+    """(first column, words) of a tile of packed rows, 128 columns at a time."""
+    for column in range(0, slots.shape[2], LANES):
+        yield column, slots[slot, :, pl.ds(column, LANES)]
+
+
+def _placed(column: int, words, dtype, width: int):
+    """(first column, values) of the one or two pieces in a piece of packed rows."""
+    for half, values in enumerate(unpack(words, dtype)):
+        yield column + half * (width // 2), values
+
+
+def _dot(a, b, dims, interpret: bool):
+    if interpret:
+        # XLA's CPU backend has no products of bfloat16 for every layout; these are the same.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
