@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import PER_DEVICE, attention, choose, ring_attention
 from kernels_pallas.xla_cpu import apart
+from kernels_pallas.xla_tpu import gradient_in_memory, on_tpu
 from olmax.models import parameters
 from olmax.models.annotations import annotate, mesh_axes, per_device
 from olmax.models.config import DecoderConfig, Execution
@@ -65,10 +66,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | PagedLayer | None]:
         """Attention output [B, L, D], and the cache with the new tokens when there is one."""
         batch, length, _ = x_BLD.shape
-        qkv_BLKCH = project(x_BLD, self.qkv[...])
-        qkv_BLKCH = checkpoint_name(qkv_BLKCH, "qkv")
-        qkv_BLKCH = annotate(qkv_BLKCH, ("batch", "length", "kv_heads", None, None))
-        q_BLKGH, k_BLKH, v_BLKH = split_heads(qkv_BLKCH)
+        heads = checkpoint_name(project_heads(x_BLD, self.qkv[...]), "qkv")
+        q_BLKGH = annotate(heads[0], ("batch", "length", "kv_heads", None, None))
+        k_BLKH, v_BLKH = (annotate(y, ("batch", "length", "kv_heads", None)) for y in heads[1:])
         if self.config.qk_norm == "full":
             q_BLKGH, k_BLKH = self.q_norm(q_BLKGH), self.k_norm(k_BLKH)
         q_BLQH = apply_rope(q_BLKGH.reshape(batch, length, self.config.n_heads, -1), *rotation)
@@ -100,6 +100,7 @@ class Attention(nnx.Module):
             )
         o_BLKGH = checkpoint_name(o_BLKGH, "attention_output")
         o_BLKGH = annotate(o_BLKGH, ("batch", "length", "kv_heads", None, None))
+        o_BLKGH = gradient_in_memory(o_BLKGH)
         return project(o_BLKGH, self.out[...], contract=3), cache
 
     def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, q_segment_ids, kv_segment_ids, cached):
@@ -163,6 +164,43 @@ def attend_in_ring(q_BLKGH, k_BLKH, v_BLKH, *segment_ids, axis_name: str):
         segment_ids=segment_ids[0] if segment_ids else None,
     )
     return o_BLQH.reshape(q_BLKGH.shape)
+
+
+@jax.custom_vjp
+def project_heads(
+    x_BLD: jax.Array, kernel_DKCH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, L, K, G, H], keys and values [B, L, K, H]."""
+    return on_tpu(_project_apart, _project_fused, x_BLD, kernel_DKCH)
+
+
+def _project_forward(x_BLD, kernel_DKCH):
+    return project_heads(x_BLD, kernel_DKCH), (x_BLD, kernel_DKCH)
+
+
+def _project_backward(residuals, gradients):
+    def pull_back(project_some):
+        return lambda x, kernel, dy: jax.vjp(project_some, x, kernel)[1](dy)
+
+    return on_tpu(pull_back(_project_apart), pull_back(_project_fused), *residuals, gradients)
+
+
+project_heads.defvjp(_project_forward, _project_backward)
+
+
+def _project_apart(x_BLD, kernel_DKCH):
+    """Three products: each gives its heads in the order of the attention kernel, which XLA's TPU
+    backend otherwise takes a pass over memory for, here and again for the gradients.
+    """
+    return (
+        project(x_BLD, kernel_DKCH[:, :, :-2]),
+        project(x_BLD, kernel_DKCH[:, :, -2]),
+        project(x_BLD, kernel_DKCH[:, :, -1]),
+    )
+
+
+def _project_fused(x_BLD, kernel_DKCH):
+    return split_heads(project(x_BLD, kernel_DKCH))
 
 
 @jax.custom_vjp

@@ -3,7 +3,8 @@
 import jax
 
 from kernels_pallas.linear_cross_entropy import linear_cross_entropy
-from olmax.models.annotations import mesh_axes, per_device
+from kernels_pallas.xla_tpu import in_memory
+from olmax.models.annotations import annotate, mesh_axes, per_device
 
 
 def cross_entropy(
@@ -20,6 +21,7 @@ def cross_entropy(
     lie on one device and the others would wait for it.
     """
     vocab_axes = mesh_axes("vocab", kernel_DV.shape[1])
+    hidden_BLD, kernel_DV = _reduced_early(hidden_BLD, kernel_DV)
 
     def local(targets_BL, hidden_BLD, kernel_DV):
         loss_T, lse_T = linear_cross_entropy(
@@ -39,3 +41,24 @@ def cross_entropy(
         hidden_BLD,
         kernel_DV.astype(hidden_BLD.dtype),
     )
+
+
+@jax.custom_vjp
+def _reduced_early(hidden_BLD, kernel_DV):
+    """Both unchanged. The gradient of the matrix is summed over the devices before the layers'
+    backward pass: XLA's TPU backend would leave that for the end, and every device would carry its
+    own whole matrix of gradients through all layers.
+    """
+    return hidden_BLD, kernel_DV
+
+
+def _reduced_early_forward(hidden_BLD, kernel_DV):
+    return _reduced_early(hidden_BLD, kernel_DV), None
+
+
+def _reduced_early_backward(_, gradients):
+    d_hidden_BLD, d_kernel_DV = gradients
+    return in_memory((d_hidden_BLD, annotate(d_kernel_DV, ("embed", "vocab"))))
+
+
+_reduced_early.defvjp(_reduced_early_forward, _reduced_early_backward)

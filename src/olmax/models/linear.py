@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.xla_cpu import apart, on_cpu, row_major
+from kernels_pallas.xla_tpu import in_memory
 
 
 def project(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
@@ -23,7 +24,7 @@ def project(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
 
 @jax.custom_vjp
 def _matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    return jnp.matmul(x, kernel_IO.astype(x.dtype))
+    return jnp.matmul(in_memory(x), kernel_IO.astype(x.dtype))
 
 
 def _forward(x, kernel_IO):
@@ -33,13 +34,22 @@ def _forward(x, kernel_IO):
 def _backward(residuals, dy):
     x, kernel_IO = residuals
     # What leads to dy would otherwise be computed again, slowly, while it is transposed.
-    dy = apart(dy)
-    dx = jax.lax.dot_general(dy, kernel_IO.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
-    d_kernel_IO = on_cpu(_kernel_gradient_on_cpu, _kernel_gradient, x, dy)
-    return dx, d_kernel_IO.astype(kernel_IO.dtype)
+    dy = in_memory(apart(dy))
+    return input_gradient(dy, kernel_IO), kernel_gradient(x, dy, kernel_IO.dtype)
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def input_gradient(dy: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """dy [..., O] -> [..., I], in dy's dtype."""
+    return jax.lax.dot_general(dy, kernel_IO.astype(dy.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
+
+
+def kernel_gradient(x: jax.Array, dy: jax.Array, dtype) -> jax.Array:
+    """x [..., I] and dy [..., O] -> [I, O], accumulated in float32."""
+    d_kernel_IO = on_cpu(_kernel_gradient_on_cpu, _kernel_gradient, in_memory(x), dy)
+    return d_kernel_IO.astype(dtype)
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:

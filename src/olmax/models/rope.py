@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.xla_tpu import on_tpu
 from olmax.models.config import Llama3RopeScaling
 
 
@@ -37,11 +38,45 @@ def rotation(positions_BL: jax.Array, inv_freq: np.ndarray) -> tuple[jax.Array, 
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.custom_vjp
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [B, L, heads, H]: the pair of component i is i + H/2. float32 inside, result in x's
-    dtype.
+    dtype. `cos` and `sin` are constants to differentiation.
     """
+    return on_tpu(_rotate_on_tpu, _rotate, x, cos, sin)
+
+
+def _rope_forward(x, cos, sin):
+    return apply_rope(x, cos, sin), (cos, sin)
+
+
+def _rope_backward(residuals, dy):
+    cos, sin = residuals
+    # The transpose of a rotation is the rotation back.
+    return apply_rope(dy, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+apply_rope.defvjp(_rope_forward, _rope_backward)
+
+
+def _rotate(x, cos, sin):
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)
+
+
+def _rotate_on_tpu(x, cos, sin):
+    """The same with the halves exchanged by a product with a signed permutation, which is exact:
+    the vector unit would take several passes over memory to move half a register.
+    """
+    half = x.shape[-1] // 2
+    swap_HH = np.zeros((2 * half, 2 * half), np.float32)
+    swap_HH[np.arange(half) + half, np.arange(half)] = -1
+    swap_HH[np.arange(half), np.arange(half) + half] = 1
+    exact = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    swapped = jnp.matmul(
+        x, swap_HH.astype(x.dtype), precision=exact, preferred_element_type=jnp.float32
+    )
+    cos, sin = (jnp.concatenate([y, y], axis=-1) for y in (cos, sin))
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)

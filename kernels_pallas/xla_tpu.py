@@ -1,0 +1,32 @@
+"""What XLA's TPU backend turns into fast code; the choice falls when a program is lowered, since a
+host with CPUs alone may compile for TPUs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def on_tpu(tpu: Callable[..., Any], default: Callable[..., Any], *args: Any) -> Any:
+    """`tpu(*args)` in programs for TPUs, `default(*args)` in others."""
+    return jax.lax.platform_dependent(*args, tpu=tpu, default=default)
+
+
+def in_memory(x: Any) -> Any:
+    """`x`, an array or a tree of arrays, computed before what uses it and not inside it.
+
+    XLA's TPU backend fuses what leads to an operand into the matrix product that reads it, and what
+    follows into the product that made it. Element-wise work is then done again for every tile of
+    the other operand, or holds up the matrix unit, and costs more than its way through memory.
+    """
+    return on_tpu(jax.lax.optimization_barrier, lambda x: x, x)
+
+
+@jax.custom_vjp
+def gradient_in_memory(x: jax.Array) -> jax.Array:
+    """`x`, whose gradient is computed before what uses it and not inside it."""
+    return x
+
+
+gradient_in_memory.defvjp(lambda x: (x, None), lambda _, dx: (in_memory(dx),))
