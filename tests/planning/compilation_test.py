@@ -39,3 +39,18 @@ def test_what_does_not_divide_is_refused(mesh):
         compilation.check(config, mesh, 3, 64, 1)
     with pytest.raises(UserError, match="micro-batches"):
         compilation.check(config, mesh, 4, 64, 4)
+
+
+def test_messages_of_a_compiler_that_has_too_little_memory():
+    assert (
+        compilation._needed(
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (17.50G) exceeds available HBM (15.75G).",
+            2**30,
+        )
+        == 18.5 * 2**30
+    )
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 98.50G of 95.74G hbm."
+    assert compilation._needed(whole, 2**30) == 98.5 * 2**30
+    vmem = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in vmem"
+    assert compilation._needed(vmem, 2**30) is None

@@ -38,6 +38,18 @@ def test_candidates_use_every_chip_and_divide_the_model():
         assert 512 % (mesh.data * mesh.fsdp) == 0
 
 
+def test_experts_may_lie_on_an_axis_of_their_own():
+    config, topology = get_preset("olmoe-1b-7b"), Topology.parse("v5e:4x4")
+    found = list(proposal.candidates(config, topology, 64, 4096))
+    by_axes = {(c.mesh.data, c.mesh.fsdp, c.mesh.expert): c for c in found if c.mesh.tensor == 1}
+    assert {expert for _, _, expert in by_axes} == {1, 2, 4, 8, 16}
+    # Each device holds and gathers a quarter of the experts.
+    assert by_axes[1, 4, 4].bytes < by_axes[4, 4, 1].bytes / 2
+    assert all(
+        math.prod((c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor)) == 16 for c in found
+    )
+
+
 def test_a_model_too_big_gets_the_mesh_with_the_least_memory():
     found = propose("llama3.1-405b", "v6e:4x4", 16)
     assert found.mesh.fsdp * found.mesh.tensor == 16

@@ -24,6 +24,13 @@ def test_a_slice_by_name():
     assert Topology.parse("v5e:4x4").accelerator_type == "v5litepod-16"
 
 
+def test_the_shape_that_a_size_means():
+    standard = "v5p:2x2x1 v5p:2x4x4 v5p:4x4x4 v5p:4x4x8 v5p:4x4x12 v5p:8x8x8 v6e:2x4 v6e:16x16"
+    assert all(Topology.parse(name).standard for name in standard.split())
+    odd = "v5p:4x4x16 v5p:2x2x16 v5e:2x8 v6e:4x64"
+    assert not any(Topology.parse(name).standard for name in odd.split())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -33,6 +40,7 @@ def test_a_slice_by_name():
         ("v5p:4x4", "has 3 dimensions"),
         ("v6e:4x4x4", "has 2 dimensions"),
         ("v6e:0x4", "has 2 dimensions"),
+        ("v6e:16x32", "at most 256 chips; join several"),
     ],
 )
 def test_bad_names_are_one_line(text, message):

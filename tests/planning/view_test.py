@@ -173,6 +173,7 @@ def test_bad_input_is_one_line(kwargs, message):
         (dict(mesh="model=4"), "unknown axis"),
         (dict(batch_size=7, topology="v5e:4x4"), "no mesh of 16 chips"),
         (dict(tokens=0.0), "tokens must be positive"),
+        (dict(price_per_chip_hour=-1.0), "must be 0 or more"),
         (dict(batch_size=0), "at least 1"),
     ],
 )

@@ -1,5 +1,7 @@
 """The verdict in words, and what would fit instead."""
 
+import math
+
 from olmax.planning.topology import Topology
 
 GIB = 2**30
@@ -35,8 +37,10 @@ def verdict(
             choices.append(f"--accumulation {accumulation * factor}")
             break
     for doubling in range(1, 6):
+        shape = _doubled(topology.shape, doubling)
+        if math.prod(shape) > topology.chip.largest_slice:
+            break
         if total / 2**doubling < 0.95 * limit:
-            shape = _doubled(topology.shape, doubling)
             choices.append(f"--topology {topology.chip.name}:{'x'.join(map(str, shape))}")
             break
     advice = f"; these would fit by estimate: {', '.join(choices)}" if choices else ""

@@ -28,11 +28,11 @@ class Row:
 _TIERS = "MaxText docs/reference/models/tiering.md"
 
 PUBLISHED = (
-    Row("llama2-70b", "v6e:16x16", 4, 4096, 0.438, _TIERS),
     Row("llama3.1-8b", "v6e:16x16", 2, 8192, 0.4546, _TIERS),
-    Row("llama3.1-70b", "v6e:16x16", 2, 8192, 0.5033, _TIERS),
-    Row("llama3.1-405b", "v6e:16x16", 1, 8192, 0.3855, _TIERS),
     Row("llama2-70b", "v5p:8x8x8", 2, 4096, 0.654, _TIERS),
+    Row("llama2-70b", "v6e:16x16", 2, 4096, 0.438, _TIERS),
+    Row("llama3.1-70b", "v6e:16x16", 1, 8192, 0.5033, _TIERS),
+    Row("llama3.1-405b", "v6e:16x16", 1, 8192, 0.3855, _TIERS),
 )
 
 

@@ -49,6 +49,8 @@ class Chip:
     dcn_bandwidth: float
     """Bytes a second of a chip's share of its host's network, one way, between slices."""
     chips_per_host: int
+    largest_slice: int
+    """Chips of the largest slice that a job can get."""
     price_per_chip_hour: float
     """US dollars."""
     splash: SplashRate
@@ -76,6 +78,7 @@ CHIPS = {
             wrap=16,
             dcn_bandwidth=3.125e9,
             chips_per_host=4,
+            largest_slice=256,
             price_per_chip_hour=1.20,
             splash=SplashRate(0.75e-6, 2.33, measured=False),
             accelerator="v5litepod",
@@ -93,6 +96,7 @@ CHIPS = {
             wrap=4,
             dcn_bandwidth=6.25e9,
             chips_per_host=4,
+            largest_slice=6144,
             price_per_chip_hour=4.20,
             splash=SplashRate(0.320e-6, 2.33, measured=True),
             accelerator="v5p",
@@ -111,6 +115,7 @@ CHIPS = {
             wrap=16,
             dcn_bandwidth=12.5e9,
             chips_per_host=4,
+            largest_slice=256,
             price_per_chip_hour=2.70,
             splash=SplashRate(0.391e-6, 2.33, measured=True),
             accelerator="v6e",

@@ -31,6 +31,8 @@ class CompiledStep:
     """The optimised program; empty when it was refused."""
     total_bytes: int
     """Arguments, temporaries and code."""
+    temporary_bytes: int
+    """Of these, what lives during a step only; 0 when it was refused."""
     compile_seconds: float
     refused: str | None = None
     """The compiler's reason when the program does not fit the device's memory."""
@@ -73,13 +75,12 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-        if "RESOURCE_EXHAUSTED" not in message or not used:
+        size = _needed(message, device_bytes((step.abstract_state, batch)))
+        if size is None:
             first = message.strip().splitlines()[0]
             raise UserError(f"the TPU compiler refuses this step: {first[:300]}") from error
-        size = int(float(used[1]) * _UNITS[used[2]])
-        reason = used[0]
-        return CompiledStep("", size, time.monotonic() - start, reason)
+        reason = message.strip().splitlines()[0]
+        return CompiledStep("", size, 0, time.monotonic() - start, reason)
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -88,7 +89,24 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    return CompiledStep(compiled.as_text(), total, time.monotonic() - start)
+    return CompiledStep(
+        compiled.as_text(), total, memory.temp_size_in_bytes, time.monotonic() - start
+    )
+
+
+def _needed(message: str, argument_bytes: int) -> int | None:
+    """Bytes a device would need, from the compiler's message that it has too few; None for another
+    message.
+    """
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    everything = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    if everything:
+        return int(float(everything[1]) * _UNITS[everything[2]])
+    if temporaries:
+        return argument_bytes + int(float(temporaries[1]) * _UNITS[temporaries[2]])
+    return None
 
 
 def device_bytes(tree: Any) -> int:

@@ -71,6 +71,8 @@ PARTS = (
     "attention projections",
     "attention kernel",
     "MLP",
+    "router",
+    "experts",
     "norms and residuals",
     "layer loop",
     "head and loss",
@@ -180,8 +182,7 @@ def _cost(read, instruction, operand_bytes, times, body, mesh, chip) -> Cost | N
             seconds = kernels.seconds(instruction, operand_bytes, chip)
             if seconds is None:
                 raise UnknownKernel(instruction.name)
-            experts = instruction.name.startswith("ragged-dot")
-            fields["part"] = "MLP" if experts else "attention kernel"
+            fields["part"] = kernels.find(instruction).part
             return Cost(**fields, cycles=0, seconds=seconds, source="kernel")
     if instruction.opcode in _FREE:
         return None
@@ -270,8 +271,12 @@ def part_of(read: program.Program, instruction: program.Instruction) -> str:
             return "embedding"
         if function.startswith("Attention."):
             return "attention projections"
-        if function.startswith(("MLP.", "MoE.")):
+        if function.startswith("MLP."):
             return "MLP"
+        if function in ("MoE._token_choice", "MoE._expert_choice"):
+            return "router"
+        if function.startswith("MoE.") or function == "exchange":
+            return "experts"
         if function.startswith("Block."):
             return "norms and residuals"
         if function in ("cross_entropy", "linear_cross_entropy", "Decoder.head_kernel"):

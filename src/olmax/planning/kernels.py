@@ -1,7 +1,16 @@
-"""Time of Pallas kernels: the compiler has no estimate for them."""
+"""Time of Pallas kernels: the compiler has no estimate for them.
 
+`KERNELS` is the table; the first entry whose pattern a call's name begins with counts. Causal
+attention and the compiler's ragged-dot have measured figures. Every other kernel is timed by the
+work it declares (`pl.CostEstimate`, which the compiled program keeps): the longer of its FLOPs over
+an attainable share of the peak and its bytes over the HBM bandwidth. A kernel that declares nothing
+has no time.
+"""
+
+import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 from olmax.planning import program
 from olmax.planning.chips import Chip
@@ -17,21 +26,55 @@ _TILE = 512
 # (marin-community/marin#2704). Taken for all chips and shapes.
 _RAGGED_DOT_ATTAINS = 98 / 459
 
+_DECLARED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"[^}]*"bytes_accessed":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Kernels that are timed alike."""
+
+    pattern: str
+    """Regular expression that a call's name begins with."""
+    part: str
+    """Of the model, as in `cost.PARTS`."""
+    seconds: Callable[[program.Instruction, int, Chip], float | None]
+    """Time of a call, from it, its operands' bytes and the chip; None: not known."""
+
 
 def seconds(call: program.Instruction, operand_bytes: int, chip: Chip) -> float | None:
-    """Time of one call on one device; None for a kernel without figures.
+    """Time of one call on one device; None for a kernel of which nothing is known."""
+    return find(call).seconds(call, operand_bytes, chip)
 
-    The compiler's ragged-dot (experts): see `_ragged_dot`. Causal attention: tiles on or below the
-    diagonal times the fitted time of a tile, plus its operands' and results' way through HBM. The
-    times are those of jax's splash attention, which have been published. Ours (`attention_forward`,
-    `attention_backward`) have not been measured; the same figures stand for them and are an upper
-    bound by their schedules (0.5 to 0.7 of the bundles on v6e, kernels_pallas/BENCHMARK.md).
+
+def find(call: program.Instruction) -> Kernel:
+    """The table's entry for a call."""
+    return next(kernel for kernel in KERNELS if re.match(kernel.pattern, call.name))
+
+
+def _declared(share: float) -> Callable[[program.Instruction, int, Chip], float | None]:
+    """Time by the declared work, where products attain `share` of the peak."""
+
+    def time(call: program.Instruction, operand_bytes: int, chip: Chip) -> float | None:
+        del operand_bytes
+        found = _DECLARED.search(call.text)
+        if not found:
+            return None
+        return max(int(found[1]) / (share * chip.peak_flops), int(found[2]) / chip.hbm_bandwidth)
+
+    return time
+
+
+def _attention(call: program.Instruction, operand_bytes: int, chip: Chip) -> float:
+    """Causal attention: tiles on or below the diagonal times the fitted time of a tile, plus its
+    operands' and results' way through HBM.
+
+    The times are those of jax's splash attention, which have been published. Ours
+    (`attention_forward`, `attention_backward`) have not been measured; the same figures stand for
+    them and are an upper bound by their schedules (0.5 to 0.7 of the bundles on v6e,
+    kernels_pallas/BENCHMARK.md).
     """
-    if call.name.startswith("ragged-dot"):
-        return _ragged_dot(call, operand_bytes, chip)
-    match = re.match(r"splash_m[hq]a_(fwd|dq|dkv)|attention_(forward|backward)", call.name)
-    if not match:
-        return None
+    match = re.match(_ATTENTION, call.name)
+    assert match is not None
     shapes = [shape for dtype, shape in program.array_shapes(call.type) if len(shape) >= 3]
     *lead, length, width = shapes[0]
     kind = match[1] or match[2]
@@ -69,3 +112,17 @@ def _ragged_dot(call: program.Instruction, operand_bytes: int, chip: Chip) -> fl
     other = result[-1] if len(result) == 2 else floats[1][-1]
     flops = 2 * math.prod(floats[0]) * other
     return max(traffic, flops / (_RAGGED_DOT_ATTAINS * chip.peak_flops))
+
+
+_ATTENTION = r"splash_m[hq]a_(fwd|dq|dkv)|attention_(forward|backward)"
+
+KERNELS = (
+    Kernel(_ATTENTION, "attention kernel", _attention),
+    Kernel("ragged-dot", "experts", _ragged_dot),
+    # Published grouped products attain 46% (v5p) to 93% (v5e) of the peak.
+    Kernel("grouped_", "experts", _declared(0.6)),
+    # Products of whole tiles of tokens and vocabulary, like XLA's, with exponentials between them.
+    Kernel("linear_cross_entropy_", "head and loss", _declared(0.7)),
+    # Whatever nobody has looked at yet.
+    Kernel("", "other", _declared(0.4)),
+)

@@ -129,6 +129,8 @@ def plan(
         raise UserError("batch size, sequence length and accumulation must be at least 1")
     if tokens <= 0:
         raise UserError(f"tokens must be positive, is {tokens:g}")
+    if price_per_chip_hour is not None and not price_per_chip_hour >= 0:
+        raise UserError(f"price per chip-hour must be 0 or more, is {price_per_chip_hour:g}")
     chip = topology.chip
     devices = topology.devices()
     reason = "given"
@@ -143,14 +145,7 @@ def plan(
             mesh_config = dataclasses.replace(mesh_config, slices=topology.slices)
     on = sharding.make_mesh(mesh_config, devices)
     compilation.check(config, on, batch_size, sequence_length, accumulation)
-    execution = Execution(
-        compute_dtype="bfloat16",
-        remat=remat,  # pyright: ignore[reportArgumentType]
-        attention=attention_implementation(config, sequence_length, on),
-        # The only one whose time the compiler knows; as above, the choice there asks the backend.
-        experts="ragged" if config.moe is not None else None,
-        loss="chunked",
-    )
+    execution = execution_on(config, sequence_length, on, remat=remat)
     tokens_per_step = batch_size * sequence_length
     step = compilation.build(
         config, execution, on, tokens_per_step=tokens_per_step, accumulation=accumulation
@@ -236,8 +231,22 @@ def plan(
     )
 
 
+def execution_on(config: DecoderConfig, sequence_length: int, mesh, *, remat: str) -> Execution:
+    """How the trainer runs a model on the TPUs of a mesh, in bfloat16."""
+    return Execution(
+        compute_dtype="bfloat16",
+        remat=remat,  # pyright: ignore[reportArgumentType]
+        attention=attention_implementation(config, sequence_length, mesh),
+        # The only one whose time the compiler knows; the choice there asks the backend.
+        experts="ragged" if config.moe is not None else None,
+        loss="chunked",
+    )
+
+
 def attention_implementation(config: DecoderConfig, sequence_length: int, mesh) -> str | None:
     """What the trainer takes on a TPU with these shapes."""
+    import jax.numpy as jnp
+
     from kernels_pallas import targets
     from kernels_pallas.attention import choose
 
@@ -247,7 +256,7 @@ def attention_implementation(config: DecoderConfig, sequence_length: int, mesh) 
         # Attention in a ring is a loop over the devices, whose kernels have no figures yet.
         return "blocked"
     with targets.compiling_for("tpu"):
-        return choose(q, k, causal=True, q_offset=0)
+        return choose(q, k, causal=True, q_offset=0, dtype=jnp.bfloat16)
 
 
 def step_costs(text: str, mesh, topology: Topology) -> list[cost.Cost]:
@@ -308,11 +317,10 @@ def part_totals(
 def forward_flops(config: DecoderConfig) -> dict[str, int]:
     """FLOPs per token of the weight products of each part, forward."""
     attention = config.d_model * config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
-    feed_forward = 3 * config.d_model * config.active_d_ff
-    if config.moe is not None:
-        feed_forward += config.d_model * config.moe.n_experts
+    dense = config.d_ff if config.moe is None else config.moe.shared_d_ff
     return {
         "attention projections": 2 * config.n_layers * attention,
-        "MLP": 2 * config.n_layers * feed_forward,
+        "MLP": 2 * config.n_layers * 3 * config.d_model * dense,
+        "experts": 2 * config.n_layers * 3 * config.d_model * (config.active_d_ff - dense),
         "head and loss": 2 * config.d_model * config.vocab_size,
     }

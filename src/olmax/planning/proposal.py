@@ -100,19 +100,21 @@ def candidates(
     sequence_length: int,
     accumulation: int = 1,
 ) -> Iterator[Candidate]:
-    """All ways to put the chips along data, fsdp and tensor that divide batch and model."""
+    """All ways to put the chips along data, fsdp, expert and tensor that divide batch and model."""
     chips = topology.num_chips * topology.chip.devices_per_chip // topology.slices
+    experts = 1 if config.moe is None else config.moe.n_experts
     for tensor in _divisors(chips):
         if config.n_kv_heads % tensor or config.d_ff % tensor or config.vocab_size % tensor:
             continue
-        for fsdp in _divisors(chips // tensor):
-            data = chips // tensor // fsdp
-            shards = topology.slices * data * fsdp
-            if config.d_model % fsdp or batch_size % (shards * accumulation):
-                continue
-            mesh = MeshConfig(slices=topology.slices, data=data, fsdp=fsdp, tensor=tensor)
-            tokens = batch_size * sequence_length / shards
-            yield _estimate(config, topology, mesh, tokens, sequence_length, accumulation)
+        for expert in _divisors(math.gcd(chips // tensor, experts)):
+            for fsdp in _divisors(chips // tensor // expert):
+                data = chips // tensor // expert // fsdp
+                shards = topology.slices * data * fsdp * expert
+                if config.d_model % fsdp or batch_size % (shards * accumulation):
+                    continue
+                mesh = MeshConfig(topology.slices, data, fsdp, expert, tensor)
+                tokens = batch_size * sequence_length / shards
+                yield _estimate(config, topology, mesh, tokens, sequence_length, accumulation)
 
 
 def _estimate(
@@ -125,8 +127,12 @@ def _estimate(
 ) -> Candidate:
     """`tokens` are those of one batch shard (all devices of its tensor group work on them)."""
     chip = topology.chip
-    chips = mesh.data * mesh.fsdp * mesh.tensor
-    params = config.num_params
+    chips = mesh.data * mesh.fsdp * mesh.expert * mesh.tensor
+    in_experts = 0
+    if config.moe is not None:
+        in_experts = config.n_layers * config.moe.n_experts * 3 * config.d_model * config.d_ff
+    # What one expert group of devices has to do with.
+    params = config.num_params - in_experts + in_experts / mesh.expert
     held = params / (mesh.fsdp * mesh.tensor)
 
     def bandwidth(axis: int) -> float:
@@ -140,18 +146,25 @@ def _estimate(
     # Weights are gathered for the forward pass and for its recomputation, gradients are reduced.
     links = 0.0
     if mesh.fsdp > 1:
-        links += 4 * 2 * params / mesh.tensor * accumulation / bandwidth(mesh.fsdp)
+        # Twice in bfloat16; the sum of float32 gradients goes around the ring twice.
+        links += (2 * 2 + 2 * 4) * params / mesh.tensor * accumulation / bandwidth(mesh.fsdp)
     if mesh.data > 1:
         links += 2 * 4 * held / bandwidth(mesh.data)
     if mesh.slices > 1:
         links += 2 * 4 * held / chip.dcn_bandwidth
+    if mesh.expert > 1 and config.moe is not None:
+        # Parameters outside the experts are the same in all groups, so gradients are summed.
+        links += 2 * 4 * (held - in_experts / mesh.expert / mesh.fsdp) / bandwidth(mesh.expert)
+        # Tokens go to their experts and back, in the forward pass, its recomputation and backward.
+        sent = 2 * tokens * config.d_model * config.moe.experts_per_token
+        links += config.n_layers * 6 * sent * (1 - 1 / mesh.expert) / bandwidth(mesh.expert)
     if mesh.tensor > 1:
         # Two sums of the activations a layer, in the forward pass, its recomputation and backward.
         activation = 2 * tokens * config.d_model
         links += config.n_layers * 6 * 2 * activation / bandwidth(mesh.tensor)
     micro = tokens / accumulation
-    # All experts of a layer are gathered, although a token meets a few of them.
-    layer_d_ff = config.d_ff * (config.moe.n_experts if config.moe else 1)
+    # A layer's experts are all gathered, although a token meets a few of them.
+    layer_d_ff = config.d_ff * (config.moe.n_experts / mesh.expert if config.moe else 1)
     widest = max(2 * config.active_d_ff, config.d_model + 2 * config.n_kv_heads * config.head_dim)
     memory = (
         12 * held

@@ -41,6 +41,11 @@ class Topology:
                 f"topology {text!r}: a {chip.name} slice has {chip.dimensions} dimensions, "
                 f"such as {chip.name}:{example}"
             )
+        if math.prod(shape) > chip.largest_slice:
+            raise UserError(
+                f"topology {text!r}: a {chip.name} slice has at most {chip.largest_slice:,} chips; "
+                "join several with --slices"
+            )
         if slices < 1:
             raise UserError(f"slices must be at least 1, is {slices}")
         return cls(chip, shape, slices)
@@ -64,6 +69,17 @@ class Topology:
     def accelerator_type(self) -> str:
         """Google Cloud's name of one slice, `v5p-128`."""
         return f"{self.chip.accelerator}-{math.prod(self.shape) * self.chip.cores_in_name}"
+
+    @property
+    def standard(self) -> bool:
+        """Whether `accelerator_type`, which is a number of chips, means this shape: the one nearest
+        to a square or a cube.
+        """
+        chips_in_slice = math.prod(self.shape)
+        # Larger slices of a three-dimensional torus are made of cubes of 64 chips.
+        unit = 4 if self.chip.dimensions == 3 and chips_in_slice >= 64 else 1
+        shapes = _shapes(chips_in_slice, self.chip.dimensions, unit)
+        return tuple(sorted(self.shape)) == min(shapes, key=sum, default=())
 
     def devices(self) -> "list[Any]":
         """Devices to compile for; they cannot run anything.
@@ -98,6 +114,19 @@ class Topology:
                 f"topology {self.name}: libtpu gives {len(found.devices)} devices, not {expected}"
             )
         return list(found.devices)
+
+
+def _shapes(chips_in_slice: int, dimensions: int, unit: int) -> list[tuple[int, ...]]:
+    """Sorted shapes of this many chips whose sides are multiples of `unit`."""
+    if dimensions == 1:
+        return [] if chips_in_slice % unit else [(chips_in_slice,)]
+    return [
+        (side, *rest)
+        for side in range(unit, chips_in_slice + 1, unit)
+        if chips_in_slice % side == 0
+        for rest in _shapes(chips_in_slice // side, dimensions - 1, unit)
+        if rest[0] >= side
+    ]
 
 
 def _reason(topology: Topology, error: Exception, jax_version: str) -> str:
