@@ -48,7 +48,7 @@ def render(
         *(*queue, "create", job.name),
         *where,
         *nodes,
-        *("--accelerator-type", topology.accelerator_type),
+        *_hardware(topology),
         *("--runtime-version", _RUNTIMES[topology.chip.name]),
         *(("--service-account", service_account) if service_account else ()),
         *(("--network", network) if network else ()),
@@ -91,6 +91,13 @@ def render(
             remove,
         ),
     )
+
+
+def _hardware(topology: Topology) -> tuple[str, ...]:
+    if topology.standard:
+        return ("--accelerator-type", topology.accelerator_type)
+    shape = "x".join(map(str, topology.shape))
+    return ("--type", topology.chip.accelerator, "--topology", shape)
 
 
 def _startup(job: Job, archive: str) -> str:

@@ -31,10 +31,16 @@ def render(
       spot: spot capacity, on clusters that provision nodes themselves.
 
     Raises:
-      UserError: no cluster.
+      UserError: no cluster, or a shape that xpk has no name for.
     """
     if cluster is None:
         raise UserError("runner xpk needs --cluster, the name of your xpk cluster")
+    if not topology.standard:
+        raise UserError(
+            f"runner xpk: {topology.accelerator_type} is not {topology.name}; xpk names slices by "
+            "their size and takes the shape nearest to a cube or a square; take that, or "
+            "--runner queued-resources"
+        )
     where = ["--cluster", cluster]
     where += ["--project", project] if project else []
     where += ["--zone", zone] if zone else []
