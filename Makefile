@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .peers
+PEERS_MAXTEXT := .peers-maxtext
 PEERS_PYTHON ?= python3.11
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup run test test-all lint format bench bench-kernels bench-moe peers golden clean
+.PHONY: setup run test test-all lint format bench bench-kernels bench-moe bench-plan peers peers-maxtext golden clean
 
 setup: $(VENV)/.installed
 
@@ -47,6 +48,18 @@ bench-kernels: setup
 bench-moe: setup peers
 	$(BIN)/python -m experiments.olmoe.benchmark
 
+# Compiled TPU programs beside MaxText's: cycles and bytes, so it may run beside anything.
+bench-plan: setup peers-maxtext
+	$(BIN)/python -m experiments.olmo2.benchmark_plan
+
+# MaxText in an environment of its own, of the same Python as ours.
+peers-maxtext: $(PEERS_MAXTEXT)/.installed
+
+$(PEERS_MAXTEXT)/.installed: peers-maxtext-requirements.txt
+	$(PYTHON) -m venv $(PEERS_MAXTEXT)
+	$(PEERS_MAXTEXT)/bin/python -m pip install --quiet -r peers-maxtext-requirements.txt
+	@touch $@
+
 # The reference implementations run in an environment of their own: Python 3.11, CPU torch, transformers.
 peers: $(PEERS)/.installed
 
@@ -60,4 +73,4 @@ golden: peers
 	$(PEERS)/bin/python tests/interop/make_golden.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(PEERS_MAXTEXT) build dist .pytest_cache .ruff_cache
