@@ -268,6 +268,11 @@ def step_costs(text: str, mesh, topology: Topology) -> list[cost.Cost]:
             f"the plan has no time for the kernel {error}; its figures belong in "
             "olmax/planning/kernels.py"
         ) from error
+    except ValueError as error:
+        raise UserError(
+            f"the step compiles for this mesh, but its time cannot be read: {error}; experts cut "
+            "over the mesh's expert axis are not priced yet, plan with fsdp and tensor"
+        ) from error
 
 
 def collective_totals(items: list[cost.Cost]) -> tuple[CollectiveTotal, ...]:
