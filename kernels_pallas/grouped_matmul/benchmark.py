@@ -14,7 +14,7 @@ import numpy as np
 from kernels_pallas.benchmark import Row
 from kernels_pallas.grouped_matmul import pallas_tpu, pallas_tpu_kernels
 from kernels_pallas.grouped_matmul.api import grouped_matmul
-from kernels_pallas.schedule import Kernel, compile_for
+from kernels_pallas.schedule import CompilationError, Kernel, compile_for
 
 # One OLMoE-1B-7B layer on 4 sequences of 4096 tokens.
 TOKENS, SLOTS, GROUPS, WIDTH, HIDDEN = 16384, 8, 64, 2048, 1024
@@ -26,8 +26,9 @@ OP = "grouped_matmul"
 
 
 def ours(which: str):
-    """`product` [M, 2048] x [G, 2048, 1024], `dlhs` back from its gradient, `drhs`, and `gathered`
-    (the product with its rows gathered from [T, 2048]); for `kernels_pallas.schedule`.
+    """`product` [M, 2048] x [G, 2048, 1024], `dlhs` back from its gradient, `drhs`, `gathered` (the
+    product with its rows gathered from [T, 2048]), `swiglu` or `swiglu_backward`; for
+    `kernels_pallas.schedule`.
     """
     tiles = pallas_tpu_kernels.Tiles(TILE[0], TILE[2])
     # The gradient of lhs contracts over N = 1024 and has K = 2048 columns.
@@ -46,6 +47,8 @@ def ours(which: str):
     if which == "dlhs":
         wide = pallas_tpu_kernels.Tiles(TILE[0], WIDTH)
         return functools.partial(product, transpose_rhs=True, tiles=wide), (d_out, rhs, sizes)
+    if which in ("swiglu", "swiglu_backward"):
+        return _swiglu(which)
     outer = functools.partial(pallas_tpu_kernels.outer, out_dtype=jnp.bfloat16, tiles=tiles)
     return outer, (_bf16(ROWS, WIDTH), d_out, sizes)
 
@@ -68,7 +71,7 @@ def _swiglu(which: str):
 
 
 def megablox(which: str):
-    """The same three from jax.experimental, transposition of lhs for `drhs` included."""
+    """The first three from jax.experimental; it takes `drhs`' lhs transposed."""
     # The package hides this module behind a function of the same name.
     backend = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     gmm = backend.gmm
@@ -102,18 +105,24 @@ def rows() -> Iterator[Row]:
             program = compile_for(f"{__name__}:ours", chip, which=which)
             kernel = program.kernel("grouped")
             baseline_of = "product" if which == "gathered" else which
-            baseline = compile_for(f"{__name__}:megablox", chip, which=baseline_of)
-            theirs = max(baseline.kernels, key=lambda kernel: kernel.bundles)
+            try:
+                baseline = compile_for(f"{__name__}:megablox", chip, which=baseline_of)
+            except CompilationError:
+                # Its limit of VMEM is the compiler's default, too little for this tile on v5.
+                baseline = theirs = None
+            else:
+                theirs = max(baseline.kernels, key=lambda kernel: kernel.bundles)
             yield Row(
                 OP,
                 f"{which}, {shape}",
                 chip,
                 "bundles per tile",
                 bundles_per_tile(kernel),
-                bundles_per_tile(theirs),
+                theirs and bundles_per_tile(theirs),
                 "megablox",
-                note=f"spills {kernel.blocks[0].spills}, megablox {theirs.blocks[0].spills}"
-                + ("; megablox gathers no rows" if which == "gathered" else ""),
+                note=f"spills {kernel.blocks[0].spills}"
+                + (f", megablox {theirs.blocks[0].spills}" if theirs else "; megablox: out of VMEM")
+                + ("; starting the row copies not counted" if which == "gathered" else ""),
             )
             yield Row(
                 OP,
@@ -121,7 +130,7 @@ def rows() -> Iterator[Row]:
                 chip,
                 "temporaries, MiB",
                 program.temp_bytes / 2**20,
-                baseline.temp_bytes / 2**20,
+                baseline and baseline.temp_bytes / 2**20,
                 "megablox",
             )
     yield from _cpu_rows()
