@@ -212,7 +212,7 @@ def smoke() -> Ladder:
         lengths=(0.05, 0.1, 0.2),
         # Of a size that is compiled already.
         target=Size("10K", 16, 1, 1, 64),
-        target_length=0.8,
+        target_length=0.9,
         vocab_size=384,
         evaluations=5,
         corpus=Corpus(vocab_size=384, mixes=_TINY_MIXES, max_tokens=20_000, tokenizer_bytes=40_000),
