@@ -84,9 +84,10 @@ class NextToken:
             weight = jnp.full_like(weight, valid_BL.size)
         total = ce.total + z.total
         metrics = {"cross_entropy": ce, "z_loss": Mean(z.total, weight)}
-        if routing is not None:
+        moe = model.config.moe
+        if routing is not None and moe is not None:
             # Weighed like the loss, so that micro-batches count by their tokens.
-            extra, found = router_losses(routing.statistics, model.config.moe, self.router)
+            extra, found = router_losses(routing.statistics, moe, self.router)
             total += extra * weight
             metrics |= {name: Mean(value * weight, weight) for name, value in found.items()}
         return Mean(total, weight), metrics
