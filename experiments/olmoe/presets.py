@@ -44,8 +44,8 @@ def tiny() -> Recipe:
 
     Command: `python -m experiments.olmoe all --preset tiny`.
 
-    Expected: at most fifteen minutes on two cores, also on busy ones, and
-    `runs/olmoe-tiny/report.html`. The numbers of a run stand in experiments/olmoe/README.md.
+    Expected: about ten minutes of processor time and `runs/olmoe-tiny/report.html`. The numbers of
+    a run stand in experiments/olmoe/README.md.
     """
     steps = 200
     return Recipe(
