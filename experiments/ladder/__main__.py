@@ -15,6 +15,7 @@ from rich.console import Console
 from experiments.ladder.presets import Ladder, get_ladder
 from experiments.ladder.released import default_directory
 from olmax import cpu_tuning
+from olmax.cli import options
 from olmax.errors import UserError
 
 
@@ -228,8 +229,8 @@ def parse(argv: Sequence[str] | None = None) -> Any:
     """The command with the preset filled in.
 
     Raises:
-      UserError: unknown preset.
-      SystemExit: status 2 for other mistakes, 0 after --help.
+      UserError: unknown preset, or options that cannot be read.
+      SystemExit: 0 after --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     ladder = get_ladder(_preset(argv))
@@ -245,11 +246,13 @@ def parse(argv: Sequence[str] | None = None) -> Any:
         for kind in (Reproduce, Coverage, Choose, Speed)
     ]
     commands: Any = functools.reduce(operator.or_, [*stages, *studies])
-    return tyro.cli(
-        commands,
-        args=argv,
-        prog="python -m experiments.ladder",
-        config=(tyro.conf.AvoidSubcommands,),
+    return options.one_line(
+        lambda: tyro.cli(
+            commands,
+            args=argv,
+            prog="python -m experiments.ladder",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     )
 
 

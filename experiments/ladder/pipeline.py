@@ -20,7 +20,7 @@ from experiments.olmo2.preparation import (
     open_loader,
     prepare_corpus,
 )
-from experiments.olmo2.stages import Stages
+from experiments.stages import Stages
 from olmax.data.loader import DataLoader, LoaderOptions
 from olmax.data.prepared import Manifest, open_prepared
 from olmax.errors import UserError

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from olmax import cpu_tuning
+from olmax.cli import options
 from olmax.errors import UserError
 from olmax.reporting.tables import Column, Table
 
@@ -196,7 +197,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     cpu_tuning.apply()
     try:
-        settings = tyro.cli(BenchmarkPlan, description=__doc__)
+        settings = options.one_line(lambda: tyro.cli(BenchmarkPlan, description=__doc__))
         from olmax.reporting.files import environment, write_json
 
         rows = []

@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 
 from olmax import cpu_tuning
+from olmax.cli import options
 from olmax.errors import UserError
 from olmax.reporting.tables import Column, Table
 
@@ -203,7 +204,7 @@ def main() -> int:
         | Annotated[Meshes, tyro.conf.subcommand("meshes")]
     )
     try:
-        table = tyro.cli(kind, description=__doc__).run()
+        table = options.one_line(lambda: tyro.cli(kind, description=__doc__)).run()
     except UserError as error:
         print(f"plan_table: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from experiments.side_by_side import ROOT, Side, environment
+from olmax.cli import options
 from olmax.errors import UserError
 from olmax.reporting.tables import Column, Table
 
@@ -180,7 +181,8 @@ def run(benchmark: Benchmark, console: Console) -> None:
 def main() -> int:
     """Exit status 0, or 2 for what the user can mend."""
     try:
-        run(tyro.cli(Benchmark), Console(width=None if sys.stdout.isatty() else 150))
+        benchmark = options.one_line(lambda: tyro.cli(Benchmark))
+        run(benchmark, Console(width=None if sys.stdout.isatty() else 150))
     except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2

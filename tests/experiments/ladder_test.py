@@ -99,7 +99,7 @@ def test_ladders_that_make_no_sense_are_refused():
     with pytest.raises(UserError, match="did you mean"):
         get_ladder("tyni")
     with pytest.raises(UserError, match="is one of the runs"):
-        same = dataclasses.replace(tiny(), target=tiny().sizes[0], target_length=1.0)
+        same = dataclasses.replace(tiny(), target=tiny().sizes[0], target_length=tiny().lengths[0])
         same.check()
 
 
