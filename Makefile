@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PEERS := .peers
 PEERS_MAXTEXT := .peers-maxtext
 PEERS_PYTHON ?= python3.11
+# Processes that share the tests. Each may take a few GiB.
+TEST_WORKERS ?= 2
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
@@ -24,10 +26,10 @@ run: setup
 	$(BIN)/python -m experiments.olmo2 all --preset tiny
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m ''
 
 lint: setup
 	$(BIN)/ruff check .
