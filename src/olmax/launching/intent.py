@@ -34,11 +34,9 @@ def train_config(command: Sequence[str]) -> TrainConfig:
         parse = importlib.import_module(f"{module}.__main__").parse
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             config = parse(words[at + 1 :]).recipe.pretrain
-    except SystemExit as error:
-        if error.code:
-            lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines()]
-            reason = " ".join(line for line in lines if line)[:300]
-            raise UserError(f"python -m {module} refuses its options: {reason}") from None
+    except UserError as error:
+        raise UserError(f"python -m {module} refuses its options: {error}") from None
+    except SystemExit:
         raise UserError(f"cannot tell what the command trains; {_HINT}") from None
     except (ImportError, AttributeError) as error:
         raise UserError(f"cannot tell what {module} trains ({error}); {_HINT}") from error
