@@ -117,8 +117,8 @@ if [ ! -e installed ]; then
   tar xzf {archive}
   # The image's own Python is older than what olmax needs.
   curl -LsSf https://astral.sh/uv/install.sh | sh
-  /root/.local/bin/uv venv --python 3.12 .venv
-  /root/.local/bin/uv pip install --python .venv/bin/python --constraint constraints.txt '.[tpu]'
+  "$HOME"/.local/bin/uv venv --python 3.12 .venv
+  "$HOME"/.local/bin/uv pip install --python .venv/bin/python --constraint constraints.txt '.[tpu]'
   touch installed
 fi
 export PATH=/opt/{job.name}/.venv/bin:$PATH
