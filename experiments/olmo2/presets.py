@@ -60,12 +60,12 @@ def tiny() -> Recipe:
             model=model,
             batch_size=16,
             seq_len=256,
-            steps=480,
+            steps=420,
             execution=Execution(unroll_layers=True),
             objective=NextToken(z_loss=1e-5),
             # A cosine to 10 % that would last 1.28 times as long, as the 7B's 5T and 3.9T.
             schedule=ScheduleConfig(
-                kind="cosine", peak=4e-3, warmup=40, duration=614, final_fraction=0.1
+                kind="cosine", peak=4e-3, warmup=40, duration=538, final_fraction=0.1
             ),
             checkpoint=CheckpointConfig(interval=None, ephemeral_interval=120),
             seed=6198,
@@ -80,7 +80,7 @@ def tiny() -> Recipe:
         ),
         data_seed=6198,
         corpus=Corpus(vocab_size=1024, mixes=_MIXES),
-        evaluation=Evaluation(every=60),
+        evaluation=Evaluation(every=84),
         microanneal=Microanneal(mixes=("pretrain", "docs_only", "math_10", "math_35")),
         published="OLMo 2 7B",
         notes=(

@@ -128,11 +128,7 @@ def _settings(
     reason = unsupported(q_BLQH.shape, q_BLQH.dtype)
     if reason:
         raise ValueError(f"attention: implementation 'pallas_tpu' {reason}")
-    if not interpret and targets.platform() != "tpu":
-        raise ValueError(
-            f"attention: implementation 'pallas_tpu' cannot run on {targets.platform()}; it needs "
-            "a TPU or interpret=True (kernels_pallas.targets.compiling_for compiles ahead of time)"
-        )
+    targets.check_tpu("attention", interpret)
     lengths = q_BLQH.shape[1], k_BSKH.shape[1]
     return Settings(
         shape,

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import targets as platforms
 from kernels_pallas.linear_cross_entropy import chunked, pallas_tpu, reference, saved
 
 IMPLEMENTATIONS = {
@@ -23,12 +24,12 @@ def choose(
     vocab_axes: tuple[str, ...] = (),
     soft_cap: float | None = None,
 ) -> str:
-    """The best implementation for these sizes on the default backend.
+    """The best implementation for these sizes on the platform that is compiled for.
 
     TPUs: `pallas_tpu` where it takes the dtype. GPUs: `chunked`, products by XLA. CPUs: `saved`
     while its memory is little.
     """
-    backend = jax.default_backend()
+    backend = platforms.platform()
     if backend == "tpu" and jnp.dtype(dtype) in pallas_tpu.DTYPES:
         return "pallas_tpu"
     few = tokens * vocab <= saved.MAX_VALUES

@@ -21,8 +21,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import targets as platforms
 from kernels_pallas.linear_cross_entropy.parts import capped, columns_here, joined
-from kernels_pallas.tpu_only import tpu_only
 
 LANES = 128
 NEVER = -1e30
@@ -95,19 +95,10 @@ def linear_cross_entropy(
     tokens, width = x_TD.shape
     vocab = w_DV.shape[1]
     sizes = sizes or tiles(tokens, width, vocab, x_TD.dtype.itemsize)
-    if not interpret:
-        x_TD = _on_tpu(x_TD)
+    platforms.check_tpu("linear_cross_entropy", interpret)
     columns_T = columns_here(targets_T, vocab, vocab_axes)
     lse_T, target_T = _part(soft_cap, sizes, interpret, x_TD, w_DV, columns_T)
     return joined(lse_T, target_T, vocab_axes)
-
-
-@jax.custom_jvp
-def _on_tpu(x):
-    return tpu_only(x, "linear_cross_entropy")
-
-
-_on_tpu.defjvp(lambda primals, tangents: (_on_tpu(*primals), tangents[0]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import targets
 from kernels_pallas.paged_attention import blocked, pallas_tpu, reference
 
 IMPLEMENTATIONS = {
@@ -15,10 +16,10 @@ IMPLEMENTATIONS = {
 
 
 def choose(q: jax.Array, k_pages: jax.Array, page_table: jax.Array) -> str:
-    """The best implementation for these arguments on the default backend: `pallas_tpu` on TPUs
-    where it takes them as they lie in HBM, else `blocked`.
+    """The best implementation for these arguments on the platform that is compiled for:
+    `pallas_tpu` on TPUs where it takes them as they lie in HBM, else `blocked`.
     """
-    if jax.default_backend() != "tpu" or pallas_tpu.unsupported(q, k_pages, page_table):
+    if targets.platform() != "tpu" or pallas_tpu.unsupported(q, k_pages, page_table):
         return "blocked"
     # Pages of another width would be copied into whole lanes at every call.
     return "blocked" if k_pages.shape[2] % pallas_tpu.LANES else "pallas_tpu"

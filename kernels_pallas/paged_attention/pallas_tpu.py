@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu_only import tpu_only
+from kernels_pallas import targets
 
 LANES = 128
 BUFFER_BYTES = 2**20
@@ -59,8 +59,7 @@ def paged_attention(
     reason = unsupported(q_BQH, k_pages_PSC, table_BT)
     if reason:
         raise ValueError(f"paged_attention: implementation 'pallas_tpu' {reason}")
-    if not interpret:
-        q_BQH = tpu_only(q_BQH, "paged_attention")
+    targets.check_tpu("paged_attention", interpret)
     batch, q_heads, head_dim = q_BQH.shape
     _, page_size, width = k_pages_PSC.shape
     page_bytes = page_size * width * k_pages_PSC.dtype.itemsize

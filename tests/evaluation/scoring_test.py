@@ -1,5 +1,7 @@
 """Log-likelihoods against the definition, whatever is beside a pair in its batch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from flax import nnx
 
 from olmax.errors import UserError
-from olmax.evaluation.scoring import Score, score, windows
+from olmax.evaluation.rows import group, make_rows, windows
+from olmax.evaluation.scoring import Score, score
+from olmax.models.config import MoEConfig
 from olmax.sharding import MeshConfig, init_decoder, make_mesh
 
 VOCAB, CONTEXT = 320, 48
@@ -80,14 +84,65 @@ def test_greedy_continuations_are_recognised(model):
     assert greedy.is_greedy and not not_greedy.is_greedy
 
 
-def test_answers_with_one_input_share_a_forward_pass_and_nothing_changes(model):
+@pytest.mark.parametrize("longest", [1, 9])
+def test_continuations_of_one_context_share_a_row_and_nothing_changes(model, longest):
     rng = np.random.default_rng(3)
-    pairs = [(context, [label]) for context in (ids(rng, 20), ids(rng, 9)) for label in range(5)]
-    slow = score(model, pairs, share_inputs=False)
+    contexts = [ids(rng, 20), ids(rng, 9), ids(rng, 1), ids(rng, CONTEXT + 5)]
+    # More than fit one row, and in turns, as no suite has them.
+    pairs = [
+        (context, [number, *ids(rng, number % longest)])
+        for number in range(11)
+        for context in contexts
+    ]
+    slow = score(model, pairs, share_contexts=False)
     assert len({round(s.logprob, 6) for s in slow}) == len(pairs)
     for a, b in zip(score(model, pairs), slow, strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
         assert a.is_greedy == b.is_greedy
+
+
+def test_a_question_is_read_once(model):
+    rng = np.random.default_rng(6)
+    pairs = [(context, ids(rng, 3)) for context in (ids(rng, 30), ids(rng, 20)) for _ in range(4)]
+    names = [str(i) for i in range(len(pairs))]
+
+    def rows(**settings):
+        options = dict(stride=CONTEXT, prefix_id=None, share_contexts=True) | settings
+        return make_rows(model.config, pairs, names, **options)[0]
+
+    shared = rows()
+    assert [row.length for row in shared] == [30 + 4 * 2, 20 + 4 * 2]
+    assert [row.scored for row in shared] == [12, 12]
+    assert sum(row.length for row in rows(share_contexts=False)) == 4 * (30 + 2) + 4 * (20 + 2)
+    first = shared[0]
+    np.testing.assert_array_equal(
+        first.predicting_T(), [29, 30, 31, 29, 32, 33, 29, 34, 35, 29, 36, 37]
+    )
+    np.testing.assert_array_equal(first.positions_L()[28:], [28, 29, *[30, 31] * 4])
+    experts = dataclasses.replace(
+        model.config, moe=MoEConfig(4, 1, routing="expert_choice"), qk_norm="none"
+    )
+    apart = make_rows(experts, pairs, names, stride=CONTEXT, prefix_id=None, share_contexts=True)[0]
+    assert len(apart) == len(pairs)
+
+
+def test_shapes_are_joined_only_where_compiling_costs_more_than_padding(model):
+    rng = np.random.default_rng(7)
+
+    def shapes(count):
+        pairs = [(ids(rng, length), ids(rng, 2)) for length in (8, 40) for _ in range(count)]
+        names = [""] * len(pairs)
+        rows, _ = make_rows(
+            model.config, pairs, names, stride=CONTEXT, prefix_id=None, share_contexts=True
+        )
+        found = group(rows, model.config, None)
+        assert sum(len(members) for _, members in found) == len(rows)
+        for shape, members in found:
+            assert all(row.length <= shape.length and row.scored <= shape.scored for row in members)
+        return [shape.length for shape, _ in found]
+
+    assert shapes(3) == [48]
+    assert shapes(40_000) == [16, 48]
 
 
 def test_windows_cover_every_token_once_and_never_exceed_the_context():
@@ -96,12 +151,13 @@ def test_windows_cover_every_token_once_and_never_exceed_the_context():
         pieces = list(windows(context, continuation, 8, stride))
         targets = np.concatenate([t for _, t in pieces])
         np.testing.assert_array_equal(targets, continuation)
-        for inputs, wanted in pieces:
-            assert len(wanted) <= len(inputs) <= 8
-            # The input ends right before the last target.
-            np.testing.assert_array_equal(inputs[len(inputs) - len(wanted) + 1 :], wanted[:-1])
+        everything = np.concatenate([context, continuation])
+        for before, wanted in pieces:
+            assert len(before) >= 1 and len(before) + len(wanted) - 1 <= 8
+            start = np.flatnonzero(everything == wanted[0])[0]
+            np.testing.assert_array_equal(before, everything[start - len(before) : start])
     # With the smallest stride every token has a full context.
-    assert all(len(inputs) == 8 for inputs, _ in windows(context, continuation, 8, 1))
+    assert all(len(before) == 8 for before, _ in windows(context, continuation, 8, 1))
 
 
 def test_a_continuation_longer_than_the_context_is_scored_in_pieces(model, caplog):

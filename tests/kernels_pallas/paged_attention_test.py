@@ -153,7 +153,7 @@ def arguments(**change):
         (dict(q=jnp.zeros((2, 4, 64), int)), "q .* is int32; float32, bfloat16"),
         (dict(implementation="fast"), "unknown implementation 'fast'"),
         (dict(implementation="blocked", interpret=True), "interpret is for implementation"),
-        (dict(implementation="pallas_tpu"), "'pallas_tpu' runs on TPUs only"),
+        (dict(implementation="pallas_tpu"), "'pallas_tpu' cannot run on cpu; it needs a TPU"),
         (
             dict(
                 implementation="pallas_tpu",

@@ -26,13 +26,14 @@ LADDER = {
     "olmo2-13b": (13_202_396_160, 91_335_915_520),
 }
 
-# The sizes the model cards of Meta give: 6.74B, 68.98B, 8.03B, 70.55B, 405.85B.
-LLAMA = {
+# The sizes the model cards of Meta and Mistral give: 6.74B, 68.98B, 8.03B, 70.55B, 405.85B, 46.7B.
+OTHERS = {
     "llama2-7b": 6_738_415_616,
     "llama2-70b": 68_976_648_192,
     "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496,
     "llama3.1-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
 }
 
 
@@ -51,9 +52,9 @@ def test_flops_per_token_equal_the_ladders(name):
     assert (config.num_non_embedding_params, config.flops_per_token(4096)) == LADDER[name]
 
 
-@pytest.mark.parametrize("name", LLAMA)
-def test_llama_parameter_counts(name):
-    assert get_preset(name).num_params == LLAMA[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameter_counts_of_other_families(name):
+    assert get_preset(name).num_params == OTHERS[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)

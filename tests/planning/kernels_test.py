@@ -32,8 +32,25 @@ def test_declared_work_over_what_is_attainable():
     assert kernels.seconds(waiting, 0, chip) == pytest.approx(1e10 / chip.hbm_bandwidth)
 
 
+def test_attention_is_timed_by_the_tiles_that_it_visits():
+    chip = find("v6e")
+    tile = 4 * 512 * 512 * 128
+    results = 512 * 256 * 4 / chip.hbm_bandwidth
+    forward = call("jvp_attention_forward_", DECLARED % (3 * tile, 1))
+    expected = 3 * chip.splash.tile_seconds + results
+    assert kernels.seconds(forward, 0, chip) == pytest.approx(expected)
+    # Five products instead of two, and the ratio of the measured times instead of 5 / 2.
+    backward = call("attention_backward", DECLARED % (3 * tile * 5 // 2, 1))
+    expected = 3 * chip.splash.tile_seconds * chip.splash.backward + results
+    assert kernels.seconds(backward, 0, chip) == pytest.approx(expected)
+    assert kernels.seconds(call("attention_forward", ""), 0, chip) is None
+
+
 def test_parts_of_the_model():
     declared = DECLARED % (1, 1)
+    loss = call("transpose_jvp_linear_cross_entropy_backward__", declared)
+    assert kernels.find(loss).part == "head and loss"
+    assert kernels.find(call("combine", declared)).part == "router"
     assert kernels.find(call("grouped_outer", declared)).part == "experts"
     assert kernels.find(call("linear_cross_entropy_backward", declared)).part == "head and loss"
     assert kernels.find(call("attention_backward", declared)).part == "attention kernel"

@@ -1,6 +1,5 @@
 """Log-likelihood of continuations given their contexts."""
 
-import collections
 import dataclasses
 import functools
 import logging
@@ -16,7 +15,8 @@ from tqdm import tqdm
 
 from olmax import sharding
 from olmax.errors import UserError
-from olmax.generation.batching import as_ids, length_bucket, mesh_of, place, row_bucket
+from olmax.evaluation.rows import Row, Shape, group, make_rows
+from olmax.generation.batching import mesh_of, place, row_bucket
 from olmax.models.decoder import Decoder
 
 LOGITS_TOKENS = 1024
@@ -39,23 +39,6 @@ class Score:
     """Whether greedy decoding would produce exactly this continuation."""
 
 
-@dataclasses.dataclass
-class _Row:
-    """One row of a forward pass: continuations that share all of its input."""
-
-    input_L: np.ndarray
-    targets: list[np.ndarray] = dataclasses.field(default_factory=list)
-    pairs: list[int] = dataclasses.field(default_factory=list)
-
-
-class _Shape(NamedTuple):
-    """Padded sizes: input length, scored positions, continuations a row."""
-
-    length: int
-    positions: int
-    continuations: int
-
-
 def score(
     model: Decoder,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -63,7 +46,7 @@ def score(
     batch_tokens: int = BATCH_TOKENS,
     stride: int | None = None,
     prefix_id: int | None = None,
-    share_inputs: bool = True,
+    share_contexts: bool = True,
     names: Sequence[str] | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
@@ -75,8 +58,9 @@ def score(
     than `max_seq_len` is scored in consecutive pieces, each given as many of the tokens before it
     as fit (the rolling log-likelihood of lm-eval), and a warning is logged.
 
-    Pairs are sorted by length into batches of few shapes. Only the logits of continuation tokens
-    are computed, `LOGITS_TOKENS` positions at a time.
+    Continuations of one context are branches of one row, which reads the context once. Rows are
+    sorted by length into batches of few shapes. Only the logits of continuation tokens are
+    computed, `LOGITS_TOKENS` positions at a time.
 
     Args:
       model: on one device or on a mesh.
@@ -87,8 +71,8 @@ def score(
         default). Smaller: more context for every token of a long continuation, at a higher cost.
       prefix_id: the token that an empty context stands for, as lm-eval does with the beginning- or
         end-of-text token; see `prefix_token`.
-      share_inputs: run continuations whose inputs are the same (the single-token answers of a
-        multiple-choice question) as one row.
+      share_contexts: read a context that several pairs have once (not where experts choose their
+        tokens, which would choose among all branches).
       names: what error messages call the pairs, such as file and line.
       mesh: where batches go; None: the mesh that the model lies on.
       progress: show a progress bar.
@@ -103,17 +87,28 @@ def score(
         raise UserError(f"stride {stride} must be between 1 and max_seq_len={config.max_seq_len}")
     names = names or [f"pair {i}" for i in range(len(pairs))]
     stride = stride or config.max_seq_len
-    rows, lengths = _rows(model, pairs, names, stride, prefix_id, share_inputs)
-    groups = _group(rows, model, batch_tokens, mesh)
+    rows, lengths = make_rows(
+        config, pairs, names, stride=stride, prefix_id=prefix_id, share_contexts=share_contexts
+    )
+    long = sum(length > config.max_seq_len for length in lengths)
+    if long and stride == config.max_seq_len:
+        logging.getLogger(__name__).warning(
+            "%d continuations are longer than the context of %d tokens; they are scored in pieces",
+            long,
+            config.max_seq_len,
+        )
 
     logprobs, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
 
-    def collect(batch: list[_Row], outputs) -> None:
-        logprob_BTK, greedy_BTK = jax.device_get(outputs)
+    def collect(batch: list[Row], outputs) -> None:
+        logprob_BT, greedy_BT = jax.device_get(outputs)
         for i, row in enumerate(batch):
-            for k, (pair, targets) in enumerate(zip(row.pairs, row.targets, strict=True)):
-                logprobs[pair] += logprob_BTK[i, : len(targets), k].sum(dtype=np.float64)
-                greedy[pair] &= greedy_BTK[i, : len(targets), k].all()
+            start = 0
+            for pair, branch in zip(row.pairs, row.branches, strict=True):
+                stop = start + len(branch)
+                logprobs[pair] += logprob_BT[i, start:stop].sum(dtype=np.float64)
+                greedy[pair] &= greedy_BT[i, start:stop].all()
+                start = stop
 
     graphdef, state = nnx.split(model)
     pending = None
@@ -121,10 +116,10 @@ def score(
         total=len(rows), desc="scoring", unit="row", disable=None if progress else True
     ) as bar:
         # The longest first: what does not fit into memory says so at once.
-        for shape, members in reversed(groups):
+        for shape, members in reversed(group(rows, config, mesh)):
             for batch in _batches(members, shape, batch_tokens, mesh):
                 arrays = _arrays(batch, shape, mesh)
-                outputs = _score_batch(graphdef, state, *arrays, mesh=mesh)
+                outputs = _score_batch(graphdef, state, arrays, mesh=mesh)
                 # One batch behind, so that the device never waits for the host.
                 if pending is not None:
                     collect(*pending)
@@ -146,104 +141,9 @@ def prefix_token(tokenizer) -> int:
     return next((i for i in ids if i is not None), tokenizer.eos_id)
 
 
-def windows(
-    context: np.ndarray, continuation: np.ndarray, max_len: int, stride: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(input, targets) pieces that together score every token of the continuation once.
-
-    The targets of a piece follow the last `len(targets)` positions of its input, which holds at
-    most `max_len` tokens. The context is not empty.
-    """
-    tokens = np.concatenate([context, continuation])
-    for start in range(len(context), len(tokens), stride):
-        stop = min(start + stride, len(tokens))
-        yield tokens[max(0, stop - 1 - max_len) : stop - 1], tokens[start:stop]
-
-
-def _rows(
-    model: Decoder,
-    pairs,
-    names: Sequence[str],
-    stride: int,
-    prefix_id: int | None,
-    share_inputs: bool,
-) -> tuple[list[_Row], list[int]]:
-    config = model.config
-    rows: list[_Row] = []
-    shared: dict[tuple[bytes, int], _Row] = {}
-    lengths, long = [], 0
-    for number, (context, continuation) in enumerate(pairs):
-        where = names[number]
-        context_ids = as_ids(context, config, f"{where}, context")
-        continuation_ids = as_ids(continuation, config, f"{where}, continuation")
-        if not continuation_ids.size:
-            raise UserError(f"{where}: the continuation is empty; there is nothing to score")
-        if not context_ids.size:
-            if prefix_id is None:
-                raise UserError(
-                    f"{where}: the context is empty; give prefix_id, the token that stands for it"
-                )
-            context_ids = as_ids([prefix_id], config, "prefix_id")
-        lengths.append(len(continuation_ids))
-        long += len(continuation_ids) > config.max_seq_len
-        for input_L, targets in windows(context_ids, continuation_ids, config.max_seq_len, stride):
-            key = (input_L.tobytes(), len(targets))
-            row = shared.get(key) if share_inputs else None
-            if row is None:
-                row = _Row(input_L)
-                rows.append(row)
-                shared[key] = row
-            row.targets.append(targets)
-            row.pairs.append(number)
-    if long and stride == config.max_seq_len:
-        logging.getLogger(__name__).warning(
-            "%d continuations are longer than the context of %d tokens; they are scored in pieces",
-            long,
-            config.max_seq_len,
-        )
-    return rows, lengths
-
-
-def _power_of_four(n: int) -> int:
-    return 1 << (((n - 1).bit_length() + 1) // 2 * 2)
-
-
-def _shape(row: _Row, model: Decoder, mesh: Mesh | None) -> _Shape:
-    length = length_bucket(len(row.input_L), model.config, mesh)
-    positions = min(max(4, _power_of_four(len(row.targets[0]))), length)
-    return _Shape(length, positions, _power_of_four(len(row.targets)))
-
-
-def _group(
-    rows: list[_Row], model: Decoder, batch_tokens: int, mesh: Mesh | None
-) -> list[tuple[_Shape, list[_Row]]]:
-    """Rows by the shape they are padded to, the shortest first.
-
-    Shapes with less than a batch of rows are pooled: a little padding costs less than compiling.
-    """
-    exact: dict[_Shape, list[_Row]] = collections.defaultdict(list)
-    for row in rows:
-        exact[_shape(row, model, mesh)].append(row)
-    groups: list[tuple[_Shape, list[_Row]]] = []
-    pool: list[_Row] = []
-    pooled = _Shape(0, 0, 0)
-    for shape, members in sorted(exact.items(), key=lambda item: item[0]):
-        if len(members) * shape.length >= batch_tokens:
-            groups.append((shape, members))
-            continue
-        pool += members
-        pooled = _Shape(*map(max, pooled, shape))
-        if len(pool) * pooled.length >= batch_tokens:
-            groups.append((pooled, pool))
-            pool, pooled = [], _Shape(0, 0, 0)
-    if pool:
-        groups.append((pooled, pool))
-    return sorted(groups, key=lambda group: group[0])
-
-
 def _batches(
-    rows: list[_Row], shape: _Shape, batch_tokens: int, mesh: Mesh | None
-) -> Iterator[list[_Row]]:
+    rows: list[Row], shape: Shape, batch_tokens: int, mesh: Mesh | None
+) -> Iterator[list[Row]]:
     shards = 1 if mesh is None else sharding.batch_shards(mesh)
     # Rounded down to a power of two, the row counts that batches are padded to.
     size = shards << (max(1, batch_tokens // shape.length).bit_length() - 1)
@@ -251,63 +151,79 @@ def _batches(
         yield rows[start : start + size]
 
 
-def _arrays(rows: list[_Row], shape: _Shape, mesh: Mesh | None) -> tuple[jax.Array, ...]:
+class _Arrays(NamedTuple):
+    """A batch on the devices, int32."""
+
+    tokens_BL: jax.Array
+    positions_BL: jax.Array | None
+    subsegment_ids_BL: jax.Array | None
+    """Both None: rows without branches, whose tokens see all before them."""
+    predicting_BT: jax.Array
+    """Places in the row that predict the targets."""
+    targets_BT: jax.Array
+
+
+def _arrays(rows: list[Row], shape: Shape, mesh: Mesh | None) -> _Arrays:
     count = row_bucket(len(rows), mesh)
-    # The positions are cut into equal pieces of at most LOGITS_TOKENS logits (see _score_batch).
-    piece = _piece(count, shape.positions)
-    padded = -(-shape.positions // piece) * piece
-    tokens_BL = np.zeros((count, shape.length), np.int32)
-    positions_BT = np.zeros((count, padded), np.int32)
-    targets_BTK = np.zeros((count, padded, shape.continuations), np.int32)
+    # The targets are cut into equal pieces of at most LOGITS_TOKENS logits (see _score_batch).
+    piece = _piece(count, shape.scored)
+    padded = -(-shape.scored // piece) * piece
+    tokens_BL, positions_BL, subsegment_ids_BL = np.zeros((3, count, shape.length), np.int32)
+    predicting_BT, targets_BT = np.zeros((2, count, padded), np.int32)
     for i, row in enumerate(rows):
-        length, scored = len(row.input_L), len(row.targets[0])
-        tokens_BL[i, :length] = row.input_L
-        positions_BT[i, :scored] = np.arange(length - scored, length)
-        for k, targets in enumerate(row.targets):
-            targets_BTK[i, :scored, k] = targets
-    return (
+        tokens_BL[i, : row.length] = row.tokens_L()
+        positions_BL[i, : row.length] = row.positions_L()
+        subsegment_ids_BL[i, : row.length] = row.subsegment_ids_L()
+        predicting_BT[i, : row.scored] = row.predicting_T()
+        targets_BT[i, : row.scored] = np.concatenate(row.branches)
+    return _Arrays(
         place(tokens_BL, mesh),
-        place(positions_BT, mesh, batch_only=True),
-        place(targets_BTK, mesh, batch_only=True),
+        place(positions_BL, mesh) if shape.branched else None,
+        place(subsegment_ids_BL, mesh) if shape.branched else None,
+        place(predicting_BT, mesh, batch_only=True),
+        place(targets_BT, mesh, batch_only=True),
     )
 
 
-def _piece(rows: int, positions: int) -> int:
+def _piece(rows: int, scored: int) -> int:
     fitting = max(1, LOGITS_TOKENS // rows)
-    return min(positions, 1 << (fitting.bit_length() - 1))
+    return min(scored, 1 << (fitting.bit_length() - 1))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
 def _score_batch(
-    graphdef, state, tokens_BL, positions_BT, targets_BTK, *, mesh: Mesh | None
+    graphdef, state, batch: _Arrays, *, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probability float32, whether it is the most likely token bool), both [B, T, K], of
-    `targets_BTK` after the positions `positions_BT`. T is a multiple of `_piece`.
+    """(log-probability float32, whether it is the most likely token bool), both [B, T], of the
+    targets. T is a multiple of `_piece`.
     """
     model = nnx.merge(graphdef, state)
-    rows, positions, continuations = targets_BTK.shape
-    piece = _piece(rows, positions)
+    rows, scored = batch.targets_BT.shape
+    piece = _piece(rows, scored)
 
     def one(xs):
-        hidden_BCD, targets_BCK = xs
+        hidden_BCD, targets_BC = xs
         logits_BCV = model.logits(hidden_BCD)
-        lse_BC1 = jax.nn.logsumexp(logits_BCV, axis=-1, keepdims=True)
-        target_BCK = jnp.take_along_axis(logits_BCV, targets_BCK, axis=-1)
-        best_BC1 = jnp.argmax(logits_BCV, axis=-1, keepdims=True)
-        return target_BCK - lse_BC1, targets_BCK == best_BC1
+        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
+        return target_BC1[..., 0] - lse_BC, targets_BC == jnp.argmax(logits_BCV, axis=-1)
 
     def pieces(x):
-        return jnp.moveaxis(x.reshape(rows, -1, piece, x.shape[-1]), 1, 0)
+        return jnp.moveaxis(x.reshape(rows, -1, piece, *x.shape[2:]), 1, 0)
 
     with sharding.use_mesh(mesh):
         # Rows are padded on the right, where causal attention does not look.
-        hidden_BLD = model.hidden(tokens_BL)
+        hidden_BLD = model.hidden(
+            batch.tokens_BL,
+            positions_BL=batch.positions_BL,
+            subsegment_ids_BL=batch.subsegment_ids_BL,
+        )
         # Only the hidden states that predict a target meet the vocabulary.
-        hidden_BTD = jnp.take_along_axis(hidden_BLD, positions_BT[:, :, None], axis=1)
-        outputs = jax.lax.map(one, (pieces(hidden_BTD), pieces(targets_BTK)))
+        hidden_BTD = jnp.take_along_axis(hidden_BLD, batch.predicting_BT[..., None], axis=1)
+        outputs = jax.lax.map(one, (pieces(hidden_BTD), pieces(batch.targets_BT)))
 
     def whole(x):
-        x = jnp.moveaxis(x, 0, 1).reshape(rows, positions, continuations)
+        x = jnp.moveaxis(x, 0, 1).reshape(rows, scored)
         # Every process reads all results.
         return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding.replicated(mesh))
 

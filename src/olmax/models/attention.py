@@ -63,8 +63,11 @@ class Attention(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         segment_ids_BL: jax.Array | None = None,
         cache: LayerCache | PagedLayer | None = None,
+        subsegment_ids_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | PagedLayer | None]:
-        """Attention output [B, L, D], and the cache with the new tokens when there is one."""
+        """Attention output [B, L, D], and the cache with the new tokens when there is one.
+        `subsegment_ids_BL` is for passes without a cache.
+        """
         batch, length, _ = x_BLD.shape
         heads = checkpoint_name(project_heads(x_BLD, self.qkv[...]), "qkv")
         q_BLKGH = annotate(heads[0], ("batch", "length", "kv_heads", None, None))
@@ -94,8 +97,8 @@ class Attention(nnx.Module):
                 k_BLKH,
                 v_BLKH,
                 q_offset,
-                segment_ids_BL,
-                kv_segment_ids_BS,
+                {"segment_ids": (segment_ids_BL, kv_segment_ids_BS)}
+                | {"subsegment_ids": (subsegment_ids_BL, subsegment_ids_BL)},
                 cache is not None,
             )
         o_BLKGH = checkpoint_name(o_BLKGH, "attention_output")
@@ -103,8 +106,10 @@ class Attention(nnx.Module):
         o_BLKGH = gradient_in_memory(o_BLKGH)
         return project(o_BLKGH, self.out[...], contract=3), cache
 
-    def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, q_segment_ids, kv_segment_ids, cached):
-        """Causal attention by the implementation chosen, per device where it must be."""
+    def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, ids, cached):
+        """Causal attention by the implementation chosen, per device where it must be. `ids` are the
+        pairs of [B, L] and [B, S] that `attention` takes as `q_<name>` and `kv_<name>`.
+        """
         implementation = self.execution.attention
         if implementation is None or not isinstance(q_offset, int):
             # Decoding at a place known only at run time is beyond most implementations.
@@ -112,16 +117,18 @@ class Attention(nnx.Module):
                 q_BLQH.shape, k_BSKH.shape, causal=True, q_offset=q_offset, dtype=q_BLQH.dtype
             )
 
-        def attend(q_BLKGH, k_BSKH, v_BSKH, *segment_ids):
+        ids = {name: pair for name, pair in ids.items() if pair[0] is not None}
+
+        def attend(q_BLKGH, k_BSKH, v_BSKH, *flat):
             batch, length, k, g, h = q_BLKGH.shape
+            names = [side + name for name in ids for side in ("q_", "kv_")]
             o_BLQH = attention(
                 q_BLKGH.reshape(batch, length, k * g, h),
                 k_BSKH,
                 v_BSKH,
                 causal=True,
                 q_offset=q_offset,
-                q_segment_ids=segment_ids[0] if segment_ids else None,
-                kv_segment_ids=segment_ids[1] if segment_ids else None,
+                **dict(zip(names, flat, strict=True)),
                 implementation=implementation,
             )
             return o_BLQH.reshape(q_BLKGH.shape)
@@ -142,18 +149,23 @@ class Attention(nnx.Module):
             ("batch", length, "kv_heads", None, None),
             *[("batch", length, "kv_heads", None)] * 2,
         ]
-        if q_segment_ids is not None:
-            arrays += (q_segment_ids, kv_segment_ids)
-            axes += [("batch", length)] * 2
         if ring:
-            return per_device(functools.partial(attend_in_ring, axis_name=axis[0]), axes, *arrays)
+            # Queries and keys are the same tokens.
+            flat = [pair[0] for pair in ids.values()]
+            ring_of = functools.partial(attend_in_ring, names=tuple(ids), axis_name=axis[0])
+            return per_device(ring_of, axes + [("batch", length)] * len(flat), *arrays, *flat)
+        for pair in ids.values():
+            arrays += pair
+            axes += [("batch", length)] * 2
         if implementation in PER_DEVICE:
             return per_device(attend, axes, *arrays)
         return attend(*arrays)
 
 
-def attend_in_ring(q_BLKGH, k_BLKH, v_BLKH, *segment_ids, axis_name: str):
-    """Causal self-attention of this device's part of a sequence that is cut along a mesh axis."""
+def attend_in_ring(q_BLKGH, k_BLKH, v_BLKH, *ids, names: tuple[str, ...], axis_name: str):
+    """Causal self-attention of this device's part of a sequence that is cut along a mesh axis;
+    `names` are those of `ids`, [B, L] each.
+    """
     batch, length, k, g, h = q_BLKGH.shape
     o_BLQH = ring_attention(
         q_BLKGH.reshape(batch, length, k * g, h),
@@ -161,7 +173,7 @@ def attend_in_ring(q_BLKGH, k_BLKH, v_BLKH, *segment_ids, axis_name: str):
         v_BLKH,
         axis_name=axis_name,
         axis_size=jax.lax.axis_size(axis_name),
-        segment_ids=segment_ids[0] if segment_ids else None,
+        **dict(zip(names, ids, strict=True)),
     )
     return o_BLQH.reshape(q_BLKGH.shape)
 

@@ -44,6 +44,7 @@ class Block(nnx.Module):
         rotation: tuple[jax.Array, jax.Array],
         segment_ids_BL: jax.Array | None = None,
         cache: LayerCache | PagedLayer | None = None,
+        subsegment_ids_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | PagedLayer | None, RoutingRecord | None]:
         """Output [B, L, D]; the cache with the new tokens when there is one; what the router did
         when there is one.
@@ -53,6 +54,7 @@ class Block(nnx.Module):
             rotation=rotation,
             segment_ids_BL=segment_ids_BL,
             cache=cache,
+            subsegment_ids_BL=subsegment_ids_BL,
         )
         if self.norm_position == "output":
             y_BLD, cache = attend(x_BLD)
@@ -153,10 +155,16 @@ class Decoder(nnx.Module):
         *,
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
+        subsegment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Normed final hidden states [B, L, D] of `tokens_BL`, in the compute dtype."""
+        """Normed final hidden states [B, L, D] of `tokens_BL`, in the compute dtype. Arguments as
+        in `__call__`.
+        """
         return self.hidden_and_routing(
-            tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL
+            tokens_BL,
+            positions_BL=positions_BL,
+            segment_ids_BL=segment_ids_BL,
+            subsegment_ids_BL=subsegment_ids_BL,
         )[0]
 
     def hidden_and_routing(
@@ -165,10 +173,14 @@ class Decoder(nnx.Module):
         *,
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
+        subsegment_ids_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingRecord | None]:
         """`hidden`, and what the routers of all layers did (None for a dense model)."""
         output = self.trunk(
-            self.embedder(tokens_BL), positions_BL=positions_BL, segment_ids_BL=segment_ids_BL
+            self.embedder(tokens_BL),
+            positions_BL=positions_BL,
+            segment_ids_BL=segment_ids_BL,
+            subsegment_ids_BL=subsegment_ids_BL,
         )
         return output.hidden_BLD, output.routing
 
@@ -184,6 +196,7 @@ class Decoder(nnx.Module):
         *,
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
+        subsegment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
         """float32 logits [B, L, V].
 
@@ -191,11 +204,18 @@ class Decoder(nnx.Module):
           tokens_BL: int32 token ids.
           positions_BL: int32 RoPE positions; 0, 1, ... when None.
           segment_ids_BL: int32; tokens attend only within equal, non-zero ids. None: plain causal
-            attention over the
-            whole row, documents included (OLMo 2's training).
+            attention over the whole row, documents included (OLMo 2's training).
+          subsegment_ids_BL: int32; of the tokens before it, a token sees those whose id is at least
+            its own. Branches behind a common prefix do not see each other if the prefix has the
+            largest id and the branches' ids increase.
         """
         return self.logits(
-            self.hidden(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
+            self.hidden(
+                tokens_BL,
+                positions_BL=positions_BL,
+                segment_ids_BL=segment_ids_BL,
+                subsegment_ids_BL=subsegment_ids_BL,
+            )
         )
 
     def decode[Cache: KVCache | PagedCache](
@@ -262,8 +282,9 @@ class Decoder(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         cache: KVCache | PagedCache | None = None,
         cache_is_empty: bool = False,
+        subsegment_ids_BL: jax.Array | None = None,
     ) -> TrunkOutput:
-        """All layers and the final norm on inputs [B, L, D]."""
+        """All layers and the final norm on inputs [B, L, D]. No subsegments with a cache."""
         batch, length, _ = x_BLD.shape
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
@@ -281,7 +302,7 @@ class Decoder(nnx.Module):
             if cache is not None:
                 layer_cache = cache.layer(stored, number, segment_ids_BL, empty=cache_is_empty)
             x_BLD, layer_cache, routing = nnx.merge(graphdef, params)(
-                x_BLD, cos_sin, segment_ids_BL, layer_cache
+                x_BLD, cos_sin, segment_ids_BL, layer_cache, subsegment_ids_BL
             )
             return (x_BLD, None if layer_cache is None else layer_cache.stored), routing
 

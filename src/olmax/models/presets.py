@@ -47,6 +47,17 @@ def _llama31(*shape) -> DecoderConfig:
     return _llama(*shape, vocab_size=128256, max_seq_len=131072, rope_scaling=Llama3RopeScaling())
 
 
+def _mixtral() -> DecoderConfig:
+    """arXiv 2401.04088, table 1; the weights of the two experts of a token add up to one."""
+    return _llama(
+        *(4096, 32, 32, 8, 14336),
+        vocab_size=32000,
+        rope_theta=1e6,
+        max_seq_len=32768,
+        moe=MoEConfig(8, 2, normalize_weights=True),
+    )
+
+
 def _olmoe(shape, moe: MoEConfig | None, **kwargs) -> DecoderConfig:
     d_model, n_layers, n_heads, d_ff = shape
     settings: dict[str, Any] = dict(vocab_size=50304, max_seq_len=4096)
@@ -90,6 +101,8 @@ PRESETS: dict[str, Callable[[], DecoderConfig]] = {
     "llama3.1-8b": lambda: _llama31(4096, 32, 32, 8, 14336),
     "llama3.1-70b": lambda: _llama31(8192, 80, 64, 8, 28672),
     "llama3.1-405b": lambda: _llama31(16384, 126, 128, 8, 53248),
+    # Beside the models above in published speeds, which plans are compared with.
+    "mixtral-8x7b": _mixtral,
     # experts, experts of a token
     "olmoe-1b-7b": lambda: _olmoe((2048, 16, 16, 1024), MoEConfig(64, 8)),
     "olmoe-ablation-dense": lambda: _ablation(8192, None),

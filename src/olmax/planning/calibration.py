@@ -33,6 +33,8 @@ PUBLISHED = (
     Row("llama2-70b", "v6e:16x16", 2, 4096, 0.438, _TIERS),
     Row("llama3.1-70b", "v6e:16x16", 1, 8192, 0.5033, _TIERS),
     Row("llama3.1-405b", "v6e:16x16", 1, 8192, 0.3855, _TIERS),
+    Row("mixtral-8x7b", "v5p:4x8x8", 4, 4096, 0.5256, _TIERS),
+    Row("mixtral-8x7b", "v6e:16x16", 4, 4096, 0.3523, _TIERS),
 )
 
 

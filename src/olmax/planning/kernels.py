@@ -1,10 +1,10 @@
 """Time of Pallas kernels: the compiler has no estimate for them.
 
-`KERNELS` is the table; the first entry whose pattern a call's name begins with counts. Causal
-attention and the compiler's ragged-dot have measured figures. Every other kernel is timed by the
-work it declares (`pl.CostEstimate`, which the compiled program keeps): the longer of its FLOPs over
-an attainable share of the peak and its bytes over the HBM bandwidth. A kernel that declares nothing
-has no time.
+`KERNELS` is the table; the first entry whose pattern stands at the beginning of a word of the
+call's name counts (jax puts `jvp_` and `transpose_jvp_` before it). Attention and the compiler's
+ragged-dot have measured figures. Every other kernel is timed by the work it declares
+(`pl.CostEstimate`, which the compiled program keeps): the longer of its FLOPs over an attainable
+share of the peak and its bytes over the HBM bandwidth. A kernel that declares nothing has no time.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Kernel:
     """Kernels that are timed alike."""
 
     pattern: str
-    """Regular expression that a call's name begins with."""
+    """Regular expression for the kernel's name."""
     part: str
     """Of the model, as in `cost.PARTS`."""
     seconds: Callable[[program.Instruction, int, Chip], float | None]
@@ -48,7 +48,11 @@ def seconds(call: program.Instruction, operand_bytes: int, chip: Chip) -> float 
 
 def find(call: program.Instruction) -> Kernel:
     """The table's entry for a call."""
-    return next(kernel for kernel in KERNELS if re.match(kernel.pattern, call.name))
+    return next(kernel for kernel in KERNELS if _named(kernel.pattern, call))
+
+
+def _named(pattern: str, call: program.Instruction) -> re.Match[str] | None:
+    return re.search(rf"(?:^|_)(?:{pattern})", call.name)
 
 
 def _declared(share: float) -> Callable[[program.Instruction, int, Chip], float | None]:
@@ -64,35 +68,39 @@ def _declared(share: float) -> Callable[[program.Instruction, int, Chip], float 
     return time
 
 
-def _attention(call: program.Instruction, operand_bytes: int, chip: Chip) -> float:
-    """Causal attention: tiles on or below the diagonal times the fitted time of a tile, plus its
-    operands' and results' way through HBM.
-
-    The times are those of jax's splash attention, which have been published. Ours
-    (`attention_forward`, `attention_backward`) have not been measured; the same figures stand for
-    them and are an upper bound by their schedules (0.5 to 0.7 of the bundles on v6e,
-    kernels_pallas/BENCHMARK.md).
+def _splash(call: program.Instruction, operand_bytes: int, chip: Chip) -> float:
+    """jax's causal attention: tiles on or below the diagonal times the fitted time of a tile, plus
+    its operands' and results' way through HBM.
     """
-    match = re.match(_ATTENTION, call.name)
+    match = _named(_SPLASH, call)
     assert match is not None
     shapes = [shape for dtype, shape in program.array_shapes(call.type) if len(shape) >= 3]
     *lead, length, width = shapes[0]
-    kind = match[1] or match[2]
-    if match[2]:
-        # Ours writes its first result with the length last.
-        length, width = width, length
     rate = chip.splash.tile_seconds
-    if kind == "dkv":
+    if match[1] == "dkv":
         # The first result is dk, whose heads are the key heads; tiles go by query heads.
         rate *= chip.splash.backward * _DKV_SHARE
-    elif kind == "dq":
+    elif match[1] == "dq":
         rate *= chip.splash.backward * (1 - _DKV_SHARE)
-    elif kind == "backward":
-        rate *= chip.splash.backward
     side = length / _TILE
     tiles = math.prod(lead) * side * (side + 1) / 2 * (width / 128)
     traffic = (operand_bytes + program.array_bytes(call.type)) / chip.hbm_bandwidth
     return tiles * rate + traffic
+
+
+def _attention(call: program.Instruction, operand_bytes: int, chip: Chip) -> float | None:
+    """Our attention: the tiles that its declared products make, at splash's time of a tile.
+
+    Ours has not been measured; splash's figures are an upper bound by the schedules (0.5 to 0.7 of
+    the bundles on v6e, kernels_pallas/BENCHMARK.md).
+    """
+    match, declared = _named(_ATTENTION, call), _DECLARED.search(call.text)
+    if match is None or declared is None:
+        return None
+    products, relative = (4, 1.0) if match[1] == "forward" else (10, chip.splash.backward)
+    tiles = int(declared[1]) / (products * _TILE * _TILE * 128)
+    traffic = (operand_bytes + program.array_bytes(call.type)) / chip.hbm_bandwidth
+    return tiles * relative * chip.splash.tile_seconds + traffic
 
 
 def _ragged_dot(call: program.Instruction, operand_bytes: int, chip: Chip) -> float:
@@ -114,15 +122,19 @@ def _ragged_dot(call: program.Instruction, operand_bytes: int, chip: Chip) -> fl
     return max(traffic, flops / (_RAGGED_DOT_ATTAINS * chip.peak_flops))
 
 
-_ATTENTION = r"splash_m[hq]a_(fwd|dq|dkv)|attention_(forward|backward)"
+_SPLASH = r"splash_m[hq]a_(fwd|dq|dkv)"
+_ATTENTION = r"attention_(forward|backward)"
 
 KERNELS = (
+    Kernel(_SPLASH, "attention kernel", _splash),
     Kernel(_ATTENTION, "attention kernel", _attention),
     Kernel("ragged-dot", "experts", _ragged_dot),
     # Published grouped products attain 46% (v5p) to 93% (v5e) of the peak.
     Kernel("grouped_", "experts", _declared(0.6)),
     # Products of whole tiles of tokens and vocabulary, like XLA's, with exponentials between them.
     Kernel("linear_cross_entropy_", "head and loss", _declared(0.7)),
+    # Both are bound by HBM.
+    Kernel("route|combine", "router", _declared(0.4)),
     # Whatever nobody has looked at yet.
     Kernel("", "other", _declared(0.4)),
 )

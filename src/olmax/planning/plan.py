@@ -145,7 +145,11 @@ def plan(
             mesh_config = dataclasses.replace(mesh_config, slices=topology.slices)
     on = sharding.make_mesh(mesh_config, devices)
     compilation.check(config, on, batch_size, sequence_length, accumulation)
-    execution = execution_on(config, sequence_length, on, remat=remat)
+    # As the trainer on TPUs: every implementation is its own choice.
+    execution = Execution(
+        compute_dtype="bfloat16",
+        remat=remat,  # pyright: ignore[reportArgumentType]
+    )
     tokens_per_step = batch_size * sequence_length
     step = compilation.build(
         config, execution, on, tokens_per_step=tokens_per_step, accumulation=accumulation
@@ -229,34 +233,6 @@ def plan(
         plan_seconds=time.monotonic() - start,
         **fields,
     )
-
-
-def execution_on(config: DecoderConfig, sequence_length: int, mesh, *, remat: str) -> Execution:
-    """How the trainer runs a model on the TPUs of a mesh, in bfloat16."""
-    return Execution(
-        compute_dtype="bfloat16",
-        remat=remat,  # pyright: ignore[reportArgumentType]
-        attention=attention_implementation(config, sequence_length, mesh),
-        # The only one whose time the compiler knows; the choice there asks the backend.
-        experts="ragged" if config.moe is not None else None,
-        loss="chunked",
-    )
-
-
-def attention_implementation(config: DecoderConfig, sequence_length: int, mesh) -> str | None:
-    """What the trainer takes on a TPU with these shapes."""
-    import jax.numpy as jnp
-
-    from kernels_pallas import targets
-    from kernels_pallas.attention import choose
-
-    q = (1, sequence_length, config.n_heads, config.head_dim)
-    k = (1, sequence_length, config.n_kv_heads, config.head_dim)
-    if mesh.shape["context"] > 1:
-        # Attention in a ring is a loop over the devices, whose kernels have no figures yet.
-        return "blocked"
-    with targets.compiling_for("tpu"):
-        return choose(q, k, causal=True, q_offset=0, dtype=jnp.bfloat16)
 
 
 def step_costs(text: str, mesh, topology: Topology) -> list[cost.Cost]:
