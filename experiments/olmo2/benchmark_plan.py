@@ -229,7 +229,7 @@ def main() -> int:
     except UserError as error:
         print(f"benchmark_plan: {error}", file=sys.stderr)
         return 2
-    Console(soft_wrap=True).print(table(rows).rich())
+    Console(width=None if sys.stdout.isatty() else 130).print(table(rows).rich())
     return 0
 
 

@@ -43,6 +43,7 @@ def grouped_matmul(
     group_sizes_G: jax.Array,
     *,
     rows_M: jax.Array | None = None,
+    max_readers: int | None = None,
     transpose_rhs: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
@@ -62,6 +63,9 @@ def grouped_matmul(
         there, and a negative size counts as 0.
       rows_M: int32 [M], each in 0 .. T - 1: row m of the product reads lhs[rows_M[m]]. The gradient
         of a row of lhs is the sum over its readers, added up in float32 in a fixed order.
+      max_readers: no row of lhs has more readers in all groups than this, where that is known:
+        a gradient that is added up in passes over the tokens then takes that many of them. A row
+        with more readers gets part of its gradient.
       preferred_element_type: dtype of the result; lhs's when None.
       implementation: `reference` (G times the work), `tiled` (loops; CPUs), `ragged`
         (`jax.lax.ragged_dot`; never run on a GPU here), `pallas_tpu` (float32 and bfloat16, widths
@@ -93,6 +97,7 @@ def grouped_matmul(
         rhs,
         group_sizes_G,
         rows_M=rows_M,
+        max_readers=max_readers,
         transpose_rhs=transpose_rhs,
         preferred_element_type=preferred_element_type,
         **_interpret(op, implementation, interpret),
@@ -105,6 +110,7 @@ def grouped_swiglu(
     group_sizes_G: jax.Array,
     *,
     rows_M: jax.Array | None = None,
+    max_readers: int | None = None,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -113,7 +119,7 @@ def grouped_swiglu(
     Args:
       x_TK: [T, K], float32, bfloat16 or float16.
       gate_up_GKCF: [G, K, 2, F]; index 0 is the gate, 1 is up. Cast to x's dtype.
-      group_sizes_G, rows_M, implementation, interpret: as in `grouped_matmul`.
+      group_sizes_G, rows_M, max_readers, implementation, interpret: as in `grouped_matmul`.
 
     Returns:
       [M, F] in x's dtype; M is T without `rows_M`. silu and the product with up are float32.
@@ -138,6 +144,7 @@ def grouped_swiglu(
         gate_up_GKCF,
         group_sizes_G,
         rows_M=rows_M,
+        max_readers=max_readers,
         **_interpret(op, implementation, interpret),
     )
 

@@ -34,6 +34,7 @@ def grouped_matmul(
     group_sizes_G,
     *,
     rows_M=None,
+    max_readers=None,
     transpose_rhs=False,
     preferred_element_type=None,
     interpret: Any = False,
@@ -42,16 +43,16 @@ def grouped_matmul(
     width = None if rows_M is None else lhs.shape[1]
     _check("grouped_matmul", lhs, rhs.shape[1:], width, interpret)
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    return _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype, interpret)
+    return _product(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret)
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, interpret: Any = False
+    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None, interpret: Any = False
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     widths = (gate_up_GKCF.shape[1], gate_up_GKCF.shape[3])
     _check("grouped_swiglu", x_TK, widths, None if rows_M is None else widths[0], interpret)
-    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, interpret)
+    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret)
 
 
 def _check(op: str, lhs, widths, gathered, interpret) -> None:
@@ -61,8 +62,8 @@ def _check(op: str, lhs, widths, gathered, interpret) -> None:
         raise ValueError(f"{op}: implementation 'pallas_tpu' {reason}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _product(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret):
     rows = lhs.shape[0] if rows_M is None else rows_M.shape[0]
     if not rows:
         return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), dtype)
@@ -77,12 +78,12 @@ def _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype, interpret):
     )
 
 
-def _product_forward(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype, interpret):
-    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype, interpret)
+def _product_forward(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret):
+    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret)
     return out_MN, (lhs, rhs, group_sizes_G, rows_M)
 
 
-def _product_backward(transpose_rhs, dtype, interpret, residuals, d_out_MN):
+def _product_backward(max_readers, transpose_rhs, dtype, interpret, residuals, d_out_MN):
     lhs, rhs, group_sizes_G, rows_M = residuals
     if not d_out_MN.shape[0]:
         return jnp.zeros_like(lhs), jnp.zeros_like(rhs), *_no_gradient(group_sizes_G, rows_M)
@@ -104,14 +105,15 @@ def _product_backward(transpose_rhs, dtype, interpret, residuals, d_out_MN):
     d_rhs = outer(*factors, group_sizes_G, rows_M=picks, out_dtype=rhs.dtype, interpret=interpret)[
         :, 0
     ]
-    return _to_tokens(d_lhs_MK, rows_M, lhs), d_rhs, *_no_gradient(group_sizes_G, rows_M)
+    d_lhs = _to_tokens(d_lhs_MK, rows_M, group_sizes_G, max_readers, lhs)
+    return d_lhs, d_rhs, *_no_gradient(group_sizes_G, rows_M)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret):
     rows = x_TK.shape[0] if rows_M is None else rows_M.shape[0]
     if not rows:
         return jnp.zeros((0, gate_up_GKCF.shape[3]), x_TK.dtype)
@@ -126,12 +128,12 @@ def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, interpret):
     )
 
 
-def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, interpret):
-    h_MF = _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, interpret)
+def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret):
+    h_MF = _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret)
     return h_MF, (x_TK, gate_up_GKCF, group_sizes_G, rows_M)
 
 
-def _swiglu_backward(interpret, residuals, d_h_MF):
+def _swiglu_backward(max_readers, interpret, residuals, d_h_MF):
     """Computes gate and up again: they are three times what the forward pass writes."""
     x_TK, gate_up_GKCF, group_sizes_G, rows_M = residuals
     if not d_h_MF.shape[0]:
@@ -164,7 +166,7 @@ def _swiglu_backward(interpret, residuals, d_h_MF):
         out_dtype=gate_up_GKCF.dtype,
         interpret=interpret,
     )
-    d_x_TK = _to_tokens(d_x_MK, rows_M, x_TK)
+    d_x_TK = _to_tokens(d_x_MK, rows_M, group_sizes_G, max_readers, x_TK)
     d_gate_up_GKCF = jnp.swapaxes(d_gate_up_GCKF, 1, 2)
     return d_x_TK, d_gate_up_GKCF, *_no_gradient(group_sizes_G, rows_M)
 
@@ -176,10 +178,11 @@ def _parts_first(gate_up_GKCF, dtype) -> jax.Array:
     return jnp.swapaxes(gate_up_GKCF.astype(dtype), 1, 2)
 
 
-def _to_tokens(d_MK, rows_M, like) -> jax.Array:
+def _to_tokens(d_MK, rows_M, group_sizes_G, max_readers, like) -> jax.Array:
     if rows_M is None:
         return d_MK
-    return add_rows(d_MK, rows_M, like.shape[0]).astype(like.dtype)
+    count = jnp.sum(jnp.maximum(group_sizes_G, 0))
+    return add_rows(d_MK, rows_M, like.shape[0], count, max_readers).astype(like.dtype)
 
 
 def _no_gradient(*integers) -> tuple:

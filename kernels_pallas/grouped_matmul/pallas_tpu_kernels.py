@@ -345,26 +345,30 @@ def _outer_kernel(
     row_R1 = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
     inside_R1 = (row_R1 >= start_G[group]) & (row_R1 < stop_G[group])
 
-    # Rows of other groups must go from both sides: zero times what may stand there is not zero.
-    if gather is None:
-        for column in range(0, width, LANES):
-            values = lhs_RK[:, pl.ds(column, LANES)]
-            lhs_KR[pl.ds(column, LANES), :] = jnp.where(inside_R1, values, 0).astype(dtype).T
-    else:
-        pl.when(_is_new_tile(tile_V, visit))(lambda: _arrive(gather, tile, visit))
-        for piece, words in _pieces(gather.slots, tile % 2):
-            for column, values in _placed(piece, words, dtype, width):
-                masked = jnp.where(inside_R1, values, jnp.zeros_like(values))
-                lhs_KR[pl.ds(column, LANES), :] = masked.T
-
+    # All rows of the tile belong to the group.
+    is_whole = (tile * size >= start_G[group]) & ((tile + 1) * size <= stop_G[group])
     is_first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
 
-    def compute():
+    def pieces():
+        if gather is None:
+            for column in range(0, width, LANES):
+                yield column, lhs_RK[:, pl.ds(column, LANES)]
+        else:
+            for piece, words in _pieces(gather.slots, tile % 2):
+                yield from _placed(piece, words, dtype, width)
+
+    def compute(masked: bool):
+        def inside(values):
+            return jnp.where(inside_R1, values, jnp.zeros_like(values)) if masked else values
+
+        # Rows of other groups must go from both sides: zero times what may stand there is not zero.
+        for column, values in pieces():
+            lhs_KR[pl.ds(column, LANES), :] = inside(values).T
+
         def one(index, carry):
             place = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
             for part in range(parts):
-                d_out_RJ = d_out_CRJ[part, :, place]
-                d_out_RJ = jnp.where(inside_R1, d_out_RJ, jnp.zeros_like(d_out_RJ))
+                d_out_RJ = inside(d_out_CRJ[part, :, place])
                 before_KJ = jnp.where(is_first, 0.0, sums_CKJ[part, :, place])
                 sums_CKJ[part, :, place] = before_KJ + _dot(
                     lhs_KR[...], d_out_RJ, ((1,), (0,)), interpret
@@ -374,8 +378,10 @@ def _outer_kernel(
         jax.lax.fori_loop(0, chunks, one, None)
 
     if gather is not None:
+        pl.when(_is_new_tile(tile_V, visit))(lambda: _arrive(gather, tile, visit))
         _start_next(gather, tile_V, visit, last_tile[0])
-    compute()
+    pl.when(is_whole)(lambda: compute(masked=False))
+    pl.when(~is_whole)(lambda: compute(masked=True))
 
     if sums_apart:
         is_last = (visit == visits - 1) | (group_V[jnp.minimum(visit + 1, visits - 1)] != group)

@@ -9,19 +9,28 @@ from kernels_pallas.grouped_matmul.rows import take_rows
 
 
 def grouped_matmul(
-    lhs, rhs, group_sizes_G, *, rows_M=None, transpose_rhs=False, preferred_element_type=None
+    lhs,
+    rhs,
+    group_sizes_G,
+    *,
+    rows_M=None,
+    max_readers=None,
+    transpose_rhs=False,
+    preferred_element_type=None,
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_matmul`."""
-    lhs_MK = lhs if rows_M is None else take_rows(lhs, rows_M)
-    rhs_GKN = (jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs).astype(lhs.dtype)
     sizes_G = jnp.maximum(group_sizes_G, 0)
+    lhs_MK = lhs if rows_M is None else take_rows(lhs, rows_M, jnp.sum(sizes_G), max_readers)
+    rhs_GKN = (jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs).astype(lhs.dtype)
     out_MN = jax.lax.ragged_dot(lhs_MK, rhs_GKN, sizes_G, preferred_element_type=jnp.float32)
     # Past the last group backends differ in what they leave.
     inside_M1 = jnp.arange(out_MN.shape[0])[:, None] < jnp.sum(sizes_G)
     return jnp.where(inside_M1, out_MN, 0).astype(preferred_element_type or lhs.dtype)
 
 
-def grouped_swiglu(x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None) -> jax.Array:
+def grouped_swiglu(
+    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None
+) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     groups, width_in, _, width = gate_up_GKCF.shape
     gate_up_MP = grouped_matmul(
@@ -29,6 +38,7 @@ def grouped_swiglu(x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None) -> jax.Arr
         gate_up_GKCF.reshape(groups, width_in, 2 * width),
         group_sizes_G,
         rows_M=rows_M,
+        max_readers=max_readers,
         preferred_element_type=jnp.float32,
     )
     gate_MF, up_MF = gate_up_MP[:, :width], gate_up_MP[:, width:]

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 
 
 def grouped_matmul(
-    lhs, rhs, group_sizes_G, *, rows_M=None, transpose_rhs=False, preferred_element_type=None
+    lhs,
+    rhs,
+    group_sizes_G,
+    *,
+    rows_M=None,
+    max_readers=None,
+    transpose_rhs=False,
+    preferred_element_type=None,
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_matmul`."""
     dtype = preferred_element_type or lhs.dtype
@@ -26,7 +33,9 @@ def grouped_matmul(
     return out_MN.astype(dtype)
 
 
-def grouped_swiglu(x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None) -> jax.Array:
+def grouped_swiglu(
+    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None
+) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     gate_MF, up_MF = (
         grouped_matmul(

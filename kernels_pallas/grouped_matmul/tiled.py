@@ -23,14 +23,23 @@ TILES = (64, 32)
 
 
 def grouped_matmul(
-    lhs, rhs, group_sizes_G, *, rows_M=None, transpose_rhs=False, preferred_element_type=None
+    lhs,
+    rhs,
+    group_sizes_G,
+    *,
+    rows_M=None,
+    max_readers=None,
+    transpose_rhs=False,
+    preferred_element_type=None,
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_matmul`."""
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
     return _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype)
 
 
-def grouped_swiglu(x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None) -> jax.Array:
+def grouped_swiglu(
+    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None
+) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M)
 

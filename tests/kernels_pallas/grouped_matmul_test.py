@@ -250,11 +250,33 @@ def test_negative_sizes_count_as_zero(implementation):
     np.testing.assert_array_equal(got[:, 0], [16, 16, 0, 0])
 
 
-def test_rows_are_added_up_whatever_their_number():
-    picks = jnp.asarray([3, 0, 3, 3, 1], jnp.int32)
-    d = jnp.arange(10.0).reshape(5, 2)
-    expected = jnp.zeros((5, 2)).at[picks].add(d)
-    np.testing.assert_array_equal(jax.jit(rows.add_rows, static_argnums=2)(d, picks, 5), expected)
+@pytest.mark.parametrize("max_readers", [None, 3, 7])
+def test_rows_are_added_up_whatever_their_number(max_readers):
+    # The last two lie behind all groups.
+    picks = jnp.asarray([3, 0, 3, 3, 1, 3, 4], jnp.int32)
+    d = jnp.arange(14.0).reshape(7, 2)
+    expected = jnp.zeros((5, 2)).at[picks[:5]].add(d[:5])
+    add = jax.jit(rows.add_rows, static_argnums=(2, 4))
+    np.testing.assert_array_equal(add(d, picks, 5, jnp.int32(5), max_readers), expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *OTHERS])
+def test_a_bound_on_the_readers_changes_nothing(implementation):
+    x, w = jnp.arange(24.0).reshape(3, 8), jnp.ones((2, 8, 4))
+    picks, sizes = jnp.asarray([2, 0, 2, 1, 1, 1], jnp.int32), jnp.asarray([1, 2], jnp.int32)
+
+    def gradient(max_readers):
+        return jax.grad(
+            lambda x: grouped_matmul(
+                *(x, w, sizes),
+                rows_M=picks,
+                max_readers=max_readers,
+                implementation=implementation,
+            ).sum()
+        )(x)
+
+    np.testing.assert_array_equal(gradient(2), gradient(None))
+    np.testing.assert_array_equal(gradient(2)[:, 0], [4.0, 0.0, 8.0])
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,10 @@ class MoE(nnx.Module):
             plan = exchange_plan(routing.counts_E, rows=rows_M.shape[0], most=most, axes=axes)
             y_MD = self._experts_elsewhere(x_TD[rows_M], plan, gate_up_EDCF, down_EFD, axes)
         else:
-            y_MD = self._experts(x_TD, routing.counts_E, rows_M, gate_up_EDCF, down_EFD)
+            y_MD = self._experts(
+                *(x_TD, routing.counts_E, rows_M, gate_up_EDCF, down_EFD),
+                max_readers=config.experts_per_token,
+            )
         y_TD = combine(y_MD, destinations_Tk, weights_Tk, implementation=execution.router)
         y_TD = _sum_over(y_TD, mesh_axes("mlp", self._d_ff))
         return (
@@ -186,18 +189,26 @@ class MoE(nnx.Module):
     def _d_ff(self) -> int:
         return self.down.shape[-2]
 
-    def _experts(self, x_TD, counts_E, rows_M, gate_up_EDCF, down_EFD):
-        """Outputs of experts whose rows lie one expert after the other: [M, D]."""
+    def _experts(self, x_TD, counts_E, rows_M, gate_up_EDCF, down_EFD, max_readers=None):
+        """Outputs of experts whose rows lie one expert after the other: [M, D]. `max_readers`:
+        experts of a token at most, where that is known.
+        """
         implementation = self.execution.experts
         h_MF = grouped_swiglu(
-            x_TD, gate_up_EDCF, counts_E, rows_M=rows_M, implementation=implementation
+            *(x_TD, gate_up_EDCF, counts_E),
+            rows_M=rows_M,
+            max_readers=max_readers,
+            implementation=implementation,
         )
         return grouped_matmul(h_MF, down_EFD, counts_E, implementation=implementation)
 
     def _experts_elsewhere(self, x_MD, plan: Exchange, gate_up_EDCF, down_EFD, axes):
         """The same for rows sorted by expert, on the devices that hold the experts, and back."""
         x_RD = exchange(x_MD, plan, axes)
-        y_RD = self._experts(x_RD, plan.counts_E, plan.by_expert_R, gate_up_EDCF, down_EFD)
+        # Every received row belongs to one expert.
+        y_RD = self._experts(
+            *(x_RD, plan.counts_E, plan.by_expert_R, gate_up_EDCF, down_EFD), max_readers=1
+        )
         return exchange(y_RD[plan.by_sender_R], plan.reversed(), axes)
 
 
