@@ -6,6 +6,7 @@ sees the context and itself. For a multiple-choice question that is a third of t
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -133,7 +134,8 @@ def make_rows(
             context_ids = as_ids([prefix_id], config, "prefix_id")
         lengths.append(len(continuation_ids))
         for context_L, targets in windows(context_ids, continuation_ids, limit, stride):
-            key = context_L.tobytes()
+            # Contexts themselves would double what the rows take.
+            key = hashlib.blake2b(context_L.tobytes(), digest_size=16).digest()
             row = open_rows.get(key) if share_contexts else None
             if (
                 row is None
