@@ -84,6 +84,7 @@ class Side:
 
 def ours(case: Case) -> Side:
     """olmax's step, as `olmax plan` compiles it."""
+    from kernels_pallas import targets
     from olmax import sharding
     from olmax.models.config import Execution
     from olmax.models.presets import get_preset
@@ -95,7 +96,10 @@ def ours(case: Case) -> Side:
     model = get_preset(case.model)
     batch = case.batch_per_chip * topology.num_chips
     execution = Execution(compute_dtype="bfloat16", remat="full")
-    step = compilation.build(model, execution, mesh, tokens_per_step=batch * case.sequence_length)
+    with targets.compiling_for("tpu"):
+        step = compilation.build(
+            model, execution, mesh, tokens_per_step=batch * case.sequence_length
+        )
     compiled = compilation.compile_step(step, batch, case.sequence_length)
     if not compiled.text:
         raise UserError(f"{case.model} does not fit {case.topology}: {compiled.refused}")

@@ -46,7 +46,9 @@ def build(
     tokens_per_step: int,
     accumulation: int = 1,
 ) -> TrainStep:
-    """The train step of a model with the trainer's objective and optimiser, from shapes alone."""
+    """The train step of a model with the trainer's objective and optimiser, from shapes alone; for
+    the platform that is compiled for (`targets.compiling_for`).
+    """
     # The length of the schedule changes constants only.
     schedule = ScheduleConfig().resolve(10_000, tokens_per_step)
     return make_train_step(

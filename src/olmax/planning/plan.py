@@ -4,6 +4,7 @@ import dataclasses
 import time
 from typing import Any
 
+from kernels_pallas import targets
 from olmax import sharding
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig, Execution
@@ -151,9 +152,10 @@ def plan(
         remat=remat,  # pyright: ignore[reportArgumentType]
     )
     tokens_per_step = batch_size * sequence_length
-    step = compilation.build(
-        config, execution, on, tokens_per_step=tokens_per_step, accumulation=accumulation
-    )
+    with targets.compiling_for("tpu"):
+        step = compilation.build(
+            config, execution, on, tokens_per_step=tokens_per_step, accumulation=accumulation
+        )
     compiled = compilation.compile_step(step, batch_size, sequence_length)
     if keep_program and compiled.text:
         from olmax.reporting.files import write_text
