@@ -55,8 +55,8 @@ def test_direct_accuracy_collapses_as_published(released, runs, target_runs):
     table = fit.compare(target_runs[1])
     for task, value in authors(released, "step1_acc_main", "Pred").items():
         # Social IQa's fit does not converge: it stops in a flat valley with alpha near 0.004, at a
-        # place that rounding chooses (see the next test).
-        tolerance = 1e-4 if task == "socialiqa_val" else 1e-7
+        # place that rounding chooses (see the next test): 5e-6 away with AVX-512, 3.1e-4 without.
+        tolerance = 5e-4 if task == "socialiqa_val" else 1e-7
         assert table.loc[task, "accuracy"] == pytest.approx(value, abs=tolerance)
     # The others' constant is where the first step led out of the logarithm's domain.
     stuck = [name for name, task in fit.tasks.items() if not np.isfinite(task.step1.objective)]

@@ -209,7 +209,7 @@ def model_type(config: DecoderConfig) -> str:
     moe = config.moe
     if moe is not None and (moe.shared_d_ff or moe.routing != "token_choice"):
         raise UserError(
-            "no Hugging Face model type has "
+            "no Hugging Face model type that is written here has "
             + ("expert choice" if moe.routing != "token_choice" else "OLMoE with a shared expert")
             + "; write --format orbax"
         )
@@ -221,9 +221,10 @@ def model_type(config: DecoderConfig) -> str:
     kind = kinds.get((config.norm_position, config.qk_norm, moe is not None))
     if kind is None:
         raise UserError(
-            f"no Hugging Face model type has norm_position={config.norm_position!r}, "
-            f"qk_norm={config.qk_norm!r} and {'experts' if moe else 'no experts'}; olmo2 has output"
-            " and full, llama input and none, olmoe input, full and experts"
+            "no Hugging Face model type that is written here has "
+            f"norm_position={config.norm_position!r}, qk_norm={config.qk_norm!r} and "
+            f"{'experts' if moe else 'no experts'}; olmo2 has output and full, llama input and "
+            "none, olmoe input, full and experts"
         )
     if kind == "olmoe" and config.head_dim * config.n_heads != config.d_model:
         raise UserError(
