@@ -32,21 +32,6 @@ def test_flags_that_the_user_set_are_kept(monkeypatch, no_allocator_change):
     ]
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_wide_vectors_only_where_registers_are_wide(
-    monkeypatch, no_allocator_change, tmp_path, wide
-):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("model name\t: any\nflags\t\t: fpu avx2 " + "avx512f avx512dq\n" * wide)
-    found = cpu_tuning.has_avx512(str(cpuinfo))
-    assert found == wide
-    assert not cpu_tuning.has_avx512(str(tmp_path / "none"))
-    monkeypatch.setattr(cpu_tuning, "has_avx512", lambda: found)
-    monkeypatch.setenv("XLA_FLAGS", "")
-    cpu_tuning.apply()
-    assert ("--xla_cpu_prefer_vector_width=512" in os.environ["XLA_FLAGS"].split()) == wide
-
-
 def test_a_jaxlib_whose_flags_are_unknown_gets_none(monkeypatch, no_allocator_change):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(cpu_tuning.importlib.metadata, "version", lambda name: "0.11.2")

@@ -25,9 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layers in a loop (unroll_layers=False)": {"execution": {"unroll_layers": False}},
     "attention=reference (whole score matrices)": {"execution": {"attention": "reference"}},
     "loss=chunked (logits computed twice)": {"execution": {"loss": "chunked"}},
-    "256-bit vectors (anyhow where registers have no 512)": {
-        "flags": "--xla_cpu_prefer_vector_width=256"
-    },
+    "256-bit vectors": {"flags": "--xla_cpu_prefer_vector_width=256"},
     "no matrix products by YNNPACK": {"flags": "--xla_cpu_experimental_ynn_fusion_type="},
     "freed memory goes back to the system": {"keep_freed_memory": False},
 }

@@ -20,11 +20,7 @@ XLA_FLAGS = {
     # reductions together with what leads to them, and there the sum of products with a product
     # that has a broadcast operand comes out wrong: sum(E * (E @ broadcast(c))).
     "xla_cpu_experimental_ynn_fusion_type": "individual_dot",
-}
-
-AVX512_FLAGS = {
-    # Exponentials and other float32 loops are 1.2 to 1.8 times faster than with 256 bits. Where
-    # registers have 256 bits, whole training steps take 1.2 times as long with this.
+    # Exponentials and other float32 loops are 1.2 to 1.8 times faster than with 256 bits.
     "xla_cpu_prefer_vector_width": "512",
 }
 
@@ -49,24 +45,12 @@ def apply() -> None:
 
 
 def set_xla_flags() -> None:
-    """Adds `XLA_FLAGS`, and `AVX512_FLAGS` where they help, to the environment where the user has
-    not set them.
-    """
+    """Adds `XLA_FLAGS` to the environment where the user has not set them."""
     if importlib.metadata.version("jaxlib").startswith(_KNOWN_JAXLIB):
         flags = os.environ.get("XLA_FLAGS", "").split()
         taken = {flag.lstrip("-").partition("=")[0] for flag in flags}
-        ours = XLA_FLAGS | (AVX512_FLAGS if has_avx512() else {})
-        flags += [f"--{name}={value}" for name, value in ours.items() if name not in taken]
+        flags += [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in taken]
         os.environ["XLA_FLAGS"] = " ".join(flags)
-
-
-def has_avx512(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Whether this machine's vector registers have 512 bits; False where it cannot be read."""
-    try:
-        with open(cpuinfo) as lines:
-            return any("avx512f" in line.split() for line in lines)
-    except OSError:
-        return False
 
 
 def keep_freed_memory() -> bool:
