@@ -9,6 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import pytest
 
+import olmax.scaling.portable  # noqa: F401  before anything loads scipy's BLAS
 from olmax import absent_tpu
 
 # Tests compile for TPUs that are not there.

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from experiments.ladder.released import TARGETS, published, read_released
 from olmax import scaling
@@ -189,5 +188,7 @@ def multiple_choice(directory: str) -> pd.DataFrame:
 
 def binomial_range(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share, for coverages."""
+    from scipy import stats
+
     result = stats.binomtest(successes, trials).proportion_ci(level)
     return float(result.low), float(result.high)

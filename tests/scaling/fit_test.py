@@ -55,8 +55,8 @@ def test_direct_accuracy_collapses_as_published(released, runs, target_runs):
     table = fit.compare(target_runs[1])
     for task, value in authors(released, "step1_acc_main", "Pred").items():
         # Social IQa's fit does not converge: it stops in a flat valley with alpha near 0.004, at a
-        # place that rounding chooses (see the next test): 5e-6 away with AVX-512, 3.1e-4 without.
-        tolerance = 5e-4 if task == "socialiqa_val" else 1e-7
+        # place that rounding chooses (see the next test).
+        tolerance = 1.1e-4 if task == "socialiqa_val" else 1e-7
         assert table.loc[task, "accuracy"] == pytest.approx(value, abs=tolerance)
     # The others' constant is where the first step led out of the logarithm's domain.
     stuck = [name for name, task in fit.tasks.items() if not np.isfinite(task.step1.objective)]
@@ -79,8 +79,8 @@ def test_where_social_iqa_stops_depends_on_rounding(runs, target_runs):
         reference.minimise_huber(version, data.inputs, data.values) for version in (law, same)
     )
     assert one.objective == pytest.approx(other.objective, rel=1e-3)
-    # The printed prediction, 5.3e-6 from ours, lies within what rounding alone changes.
-    assert abs(law(one.parameters, *target) - law(other.parameters, *target)) > 5e-6
+    # Rounding alone changes as much as the printed prediction is from ours.
+    assert abs(law(one.parameters, *target) - law(other.parameters, *target)) > 1e-5
 
 
 def test_c4_step_one_is_one_fit(released, runs, target_runs):

@@ -180,15 +180,15 @@ def _single_step_curvature(xp, p, x):
 
 
 def _single_step_released(xp, p, x):
-    first, second = xp.exp(p[0]) / x[0] ** p[2], xp.exp(p[1]) / x[1] ** p[3]
+    first, second = xp.exp(p[0]) / xp.power(x[0], p[2]), xp.exp(p[1]) / xp.power(x[1], p[3])
     s = 1 / (1 + xp.exp(-(first + second + p[4])))
     value = xp.maximum(p[5] * s + p[6], SMALLEST_ACCURACY)
     outer = p[5] * s * (1 - s)
     return value, [
         outer * first,
         outer * second,
-        outer * xp.exp(p[0]) * (-xp.log(x[0])) / x[0] ** p[2],
-        outer * xp.exp(p[1]) * (-xp.log(x[1])) / x[1] ** p[3],
+        outer * xp.exp(p[0]) * (-xp.log(x[0])) / xp.power(x[0], p[2]),
+        outer * xp.exp(p[1]) * (-xp.log(x[1])) / xp.power(x[1], p[3]),
         outer,
         s,
         xp.ones_like(value),

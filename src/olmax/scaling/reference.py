@@ -6,9 +6,9 @@ One start, one problem at a time. `olmax.scaling.batched` solves the same proble
 import dataclasses
 
 import numpy as np
-from scipy import optimize
 
 from olmax.scaling.laws import INF, Law
+from olmax.scaling.portable import PORTABLE, optimize
 
 HUBER_DELTA = 1e-3
 """Where the objective turns from squared to absolute, in log units."""
@@ -67,15 +67,15 @@ def minimise_huber(
 
     Tolerances are the published ones (no stop by the objective's change, gradient 1e-10).
     """
-    log_values = np.log(values)
+    log_values = PORTABLE.log(values)
     w = np.ones_like(log_values) if weights is None else np.asarray(weights, np.float64)
 
     function = law.released or law.function
 
     def value_and_gradient(p):
         with np.errstate(all="ignore"):
-            y, slopes = function(np, p, inputs)
-            residual = np.log(y) - log_values
+            y, slopes = function(PORTABLE, p, inputs)
+            residual = PORTABLE.log(y) - log_values
             total = np.sum(w * huber(residual, delta))
             inner = np.where(np.abs(residual) < delta, residual, delta * np.sign(residual)) * w / y
             return total, np.array([np.sum(inner * slope) for slope in slopes])
@@ -120,7 +120,7 @@ def minimise_squares(
 
     def function(x, *p):
         with np.errstate(all="ignore"):
-            return released(np, p, [x])[0]
+            return released(PORTABLE, p, [x])[0]
 
     sigma = None if weights is None else 1 / np.sqrt(weights)
     p, _, _, message, _ = optimize.curve_fit(
