@@ -13,12 +13,12 @@ from olmax.scaling.portable import PORTABLE
 @pytest.mark.parametrize("name", ["exp", "log", "log1p", "power"])
 def test_results_are_the_nearest_doubles(name):
     x = np.random.default_rng(3).uniform(0.01, 30.0, 400)
-    arguments = (x, np.float64(-0.3)) if name == "power" else (x,)
+    arguments = (x, np.float64(-0.25)) if name == "power" else (x,)
     exact = {
         "exp": lambda v: v.exp(),
         "log": lambda v: v.ln(),
         "log1p": lambda v: (1 + v).ln(),
-        "power": lambda v: v ** decimal.Decimal(-0.3),
+        "power": lambda v: v ** decimal.Decimal("-0.25"),
     }[name]
     with decimal.localcontext(prec=50):
         wanted = [float(exact(decimal.Decimal(float(v)))) for v in x]
