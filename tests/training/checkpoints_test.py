@@ -211,8 +211,14 @@ class SmallFiles:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-@pytest.mark.parametrize("size", [20_000, 1000], ids=["arrays", "config"])
-def test_a_full_disk_is_one_line_and_loses_nothing(checkpointer, state, size, capfd):
+# One array alone (131 kB) is larger than the limit: small ones may be spread over several files.
+WIDE = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, d_ff=512))
+
+
+@pytest.mark.parametrize("size", [60_000, 1000], ids=["arrays", "config"])
+def test_a_full_disk_is_one_line_and_loses_nothing(checkpointer, size, capfd):
+    step = train_step(WIDE, one_device())
+    state = step.initialize()
     save(checkpointer, state, 1, permanent=False)
     with SmallFiles(size), pytest.raises(UserError) as error:
         save(checkpointer, state, 2)
@@ -221,15 +227,15 @@ def test_a_full_disk_is_one_line_and_loses_nothing(checkpointer, state, size, ca
     assert f"the newest complete one is {checkpointer.root / '1'}" in message
     assert "\n" not in message and "Traceback" not in capfd.readouterr().err
     assert [path.name for path in checkpointer.root.iterdir()] == ["1"]
-    restored, _ = checkpointer.restore_newest(steps().abstract_state)
+    restored, _ = checkpointer.restore_newest(step.abstract_state)
     assert int(restored.step) == 0
     save(checkpointer, state, 2)
     assert names(checkpointer.root) == ["2"]
 
 
 def test_a_full_disk_ends_training_with_the_same_error(tmp_path):
-    config = dataclasses.replace(CONFIG, steps=6)
-    with SmallFiles(20_000), pytest.raises(UserError, match="could not be written"):
+    config = dataclasses.replace(WIDE, steps=6)
+    with SmallFiles(60_000), pytest.raises(UserError, match="could not be written"):
         trainer(tmp_path, config).fit()
     assert trainer(tmp_path, config).fit().step == 6
 
