@@ -1,8 +1,8 @@
 """What single settings give on XLA's CPU backend: `python -m experiments.olmo2.ablation`.
 
-Whole training steps of the shapes of `make bench`, with everything on and with one thing switched
-off at a time. One thread, and processor time instead of wall time: other programs on the machine
-then matter little.
+Whole training steps of the shapes of `make bench`, with one thing switched off at a time, each in
+turns with everything on; the first line, everything on against itself, tells the noise. One thread,
+and processor time instead of wall time: other programs on the machine then matter less.
 """
 
 import dataclasses
@@ -50,21 +50,25 @@ class Ablation:
                 raise UserError(f"ablation: unknown shape {name!r}; there are {', '.join(SHAPES)}")
 
 
-def measure(ablation: Ablation, shape: str, dtype: str) -> dict[str, float]:
-    """Median processor seconds of a step, by variant."""
-    sides = {}
-    for name, changes in VARIANTS.items():
+def measure(ablation: Ablation, shape: str, dtype: str, variant: str) -> float:
+    """Median processor seconds of a step of a variant over that with everything on. Two processes
+    at a time: those of shape B hold 3 GB each.
+    """
+
+    def side(changes: dict[str, Any]) -> Side:
         rest = {key: value for key, value in changes.items() if key != "flags"}
         argument = json.dumps({**dataclasses.asdict(SHAPES[shape]), "dtype": dtype, **rest})
         command = [sys.executable, "-m", "experiments.olmo2.benchmark_step", argument]
-        sides[name] = Side(command, 1, {"XLA_FLAGS": changes.get("flags", "")})
-    seconds = {name: [] for name in sides}
+        return Side(command, 1, {"XLA_FLAGS": changes.get("flags", "")})
+
+    sides = side(VARIANTS[variant]), side({})
+    seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(ablation.rounds):
-        for name, side in sides.items():
-            seconds[name] += side.run(ablation.steps, "processor_seconds")
-    for side in sides.values():
-        side.close()
-    return {name: statistics.median(values) for name, values in seconds.items()}
+        for found, one in zip(seconds, sides, strict=True):
+            found += one.run(ablation.steps, "processor_seconds")
+    for one in sides:
+        one.close()
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])
 
 
 def run(ablation: Ablation, console: Console) -> None:
@@ -74,12 +78,9 @@ def run(ablation: Ablation, console: Console) -> None:
     for shape in ablation.shapes:
         for dtype in ablation.dtypes:
             console.print(f"{shape} ({SHAPES[shape]}) {dtype} ...")
-            seconds = measure(ablation, shape, dtype)
-            columns.append(Column(f"{shape} {dtype}", digits=2))
-            best = seconds["everything on"]
-            for name, value in seconds.items():
-                slower[name].append(value / best)
-                console.print(f"  {value / best:.2f}  {name}", style="dim")
+            for name, values in slower.items():
+                values.append(measure(ablation, shape, dtype, name))
+                console.print(f"  {values[-1]:.2f}  {name}", style="dim")
     rows = [[name, *values] for name, values in slower.items()]
     table = Table(
         columns=columns,
