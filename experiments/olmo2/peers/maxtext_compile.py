@@ -1,8 +1,9 @@
 """MaxText's ahead-of-time compilation of a training step, and the compiled program's text.
 
 Run by the Python of the environment of `make peers-maxtext`:
-`python maxtext_compile.py TEXT_FILE KEY=VALUE...`, keys and values of MaxText's configuration.
-Writes the program to TEXT_FILE and prints one line of JSON with the bytes of one device.
+`python maxtext_compile.py TEXT_FILE OPTIONS KEY=VALUE...`, OPTIONS of the compiler as JSON, keys
+and values of MaxText's configuration. Writes the program to TEXT_FILE and prints one line of JSON
+with the bytes of one device.
 """
 
 import importlib.resources
@@ -15,7 +16,7 @@ os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
 
 
 def main() -> None:
-    path, *settings = sys.argv[1:]
+    path, options, *settings = sys.argv[1:]
     import jax
     from absl import app
 
@@ -23,6 +24,7 @@ def main() -> None:
 
     def compile_and_keep(self, *args, **kwargs):
         start = time.monotonic()
+        kwargs["compiler_options"] = (kwargs.get("compiler_options") or {}) | json.loads(options)
         compiled = compile_lowered(self, *args, **kwargs)
         seconds = time.monotonic() - start
         memory = compiled.memory_analysis()

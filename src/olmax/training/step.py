@@ -15,17 +15,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from kernels_pallas import targets
 from olmax import sharding
 from olmax.training.objectives import Batch, Objective
 from olmax.training.optimizers import AdamWConfig, SkipStepState, make_optimizer
 from olmax.training.schedules import ScheduleConfig, learning_rate
-
-TPU_COMPILER_OPTIONS = {
-    # With many tokens a device the partitioner cuts products into pieces that wait for a part of
-    # the weights each: 3.3 times the estimated cycles for the 1B on v5e:4x4 (docs/performance.md).
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-}
+from olmax.training.tpu_options import compiler_options
 
 
 @jax.tree_util.register_dataclass
@@ -181,7 +175,7 @@ def make_train_step(
             step,
             donate_argnums=0,
             out_shardings=None if mesh is None else (shardings, everywhere),
-            compiler_options=TPU_COMPILER_OPTIONS if targets.platform() == "tpu" else None,
+            compiler_options=compiler_options(mesh),
         ),
         mesh=mesh,
     )
