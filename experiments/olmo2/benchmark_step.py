@@ -18,7 +18,7 @@ from olmax import cpu_tuning
 def main() -> None:
     """Serves timing requests until standard input ends."""
     shape = json.loads(sys.argv[1])
-    cpu_tuning.set_xla_flags()
+    cpu_tuning.set_environment()
     if shape.get("keep_freed_memory", True):
         cpu_tuning.keep_freed_memory()
     import jax

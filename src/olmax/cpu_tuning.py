@@ -3,7 +3,7 @@
 Where libtpu is installed but no TPU is, they also keep it quiet (`absent_tpu`).
 
 The command line and the experiments call `apply` before JAX starts; `olmax.load` calls
-`set_xla_flags` and leaves the allocator of a user's process alone; importing olmax does neither.
+`set_environment` and leaves the allocator of a user's process alone; importing olmax does neither.
 docs/performance.md has the measurements.
 """
 
@@ -32,25 +32,24 @@ _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
 
 def apply() -> None:
-    """Sets XLA flags that the user has not set, and tunes the allocator where JAX runs on CPUs.
-
-    Call it before the first use of a JAX device; later the flags have no effect.
-    """
-    set_xla_flags()
-    tpu = absent_tpu.attached()
-    if not tpu and importlib.util.find_spec("libtpu") is not None:
-        absent_tpu.announce()
-    if _runs_on_cpu(tpu):
+    """`set_environment`, and the allocator tuned where JAX runs on CPUs."""
+    set_environment()
+    if _runs_on_cpu():
         keep_freed_memory()
 
 
-def set_xla_flags() -> None:
-    """Adds `XLA_FLAGS` to the environment where the user has not set them."""
+def set_environment() -> None:
+    """Adds to `XLA_FLAGS` what the user has not set, and tells libtpu where there is no TPU.
+
+    Call it before the first use of a JAX device; later it has no effect.
+    """
     if importlib.metadata.version("jaxlib").startswith(_KNOWN_JAXLIB):
         flags = os.environ.get("XLA_FLAGS", "").split()
         taken = {flag.lstrip("-").partition("=")[0] for flag in flags}
         flags += [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in taken]
         os.environ["XLA_FLAGS"] = " ".join(flags)
+    if importlib.util.find_spec("libtpu") is not None and not absent_tpu.attached():
+        absent_tpu.announce()
 
 
 def keep_freed_memory() -> bool:
@@ -72,8 +71,9 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(option, value) for option, value in settings.items())
 
 
-def _runs_on_cpu(tpu_attached: bool) -> bool:
+def _runs_on_cpu() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] == "cpu"
-    return not tpu_attached and not any(importlib.util.find_spec(name) for name in _GPU_PLUGINS)
+    gpu = any(importlib.util.find_spec(name) for name in _GPU_PLUGINS)
+    return not gpu and not absent_tpu.attached()
