@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import targets
-from kernels_pallas.grouped_matmul.pallas_tpu_kernels import LANES, outer, product
+from kernels_pallas.grouped_matmul.pallas_tpu_kernels import LANES, WIDEST, outer, product
 from kernels_pallas.grouped_matmul.rows import add_rows
 
 DTYPES = ("float32", "bfloat16")
@@ -23,6 +23,8 @@ def unsupported(dtype, widths: tuple[int, ...], gathered: int | None) -> str | N
         return f"takes rows of {DTYPES}, got {dtype}"
     if any(width % LANES or not width for width in widths):
         return f"needs widths in multiples of {LANES}, got {widths}"
+    if max(widths) > WIDEST:
+        return f"needs widths of at most {WIDEST}, got {widths}"
     if gathered and dtype == "bfloat16" and gathered % (2 * LANES):
         return f"needs bfloat16 rows to gather of a multiple of {2 * LANES}, got {gathered}"
     return None

@@ -9,6 +9,7 @@ whole matrix of a group lie in VMEM, so a matrix is read once however many tiles
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ CHUNKS = (2048, 1024, 512, 256)
 are better; where a loop's body has two, long ones take minutes to compile.
 """
 LANES = 128
+WIDEST = 16384
+"""A tile holds rows whole: up to this width one of 16 rows fits beside a block of 128 columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +48,30 @@ def tile_rows(rows: int, groups: int) -> int:
     return min(128, -(-rows // 16) * 16)
 
 
-def block_columns(columns: int, bytes_per_column: int, fixed_bytes: int) -> int:
-    """The widest block that divides the columns into whole lanes and fits."""
-    widths = [
+def choose_tiles(
+    rows: int, groups: int, columns: int, vmem: Callable[[int], tuple[int, int]]
+) -> Tiles:
+    """The most rows, `tile_rows` of them if possible, with which a block of columns fits VMEM, and
+    the widest block that then divides the columns into whole lanes and fits.
+
+    Args:
+      rows: of all groups.
+      groups: their number.
+      columns: to be divided.
+      vmem: rows of a tile -> (bytes whatever the columns, bytes for each column of a block).
+    """
+    most = tile_rows(rows, groups)
+    blocks = [
         columns // parts
         for parts in range(1, columns // LANES + 1)
         if columns % parts == 0 and columns // parts % LANES == 0
     ]
-    for width in widths:
-        if fixed_bytes + width * bytes_per_column <= VMEM_BUDGET:
-            return width
-    return widths[-1]
+    for size in [most, *(size for size in (256, 128, 64, 32, 16) if size < most)]:
+        fixed, per_column = vmem(size)
+        for block in blocks:
+            if fixed + block * per_column <= VMEM_BUDGET:
+                return Tiles(size, block)
+    raise AssertionError("widths up to WIDEST fit")
 
 
 def product(
@@ -83,13 +99,14 @@ def product(
     width, columns = rhs_GCKN.shape[2:][:: -1 if transpose_rhs else 1]
     rows = lhs_CMK.shape[1] if rows_M is None else rows_M.shape[0]
     item, outputs = lhs_CMK.dtype.itemsize, 2 if mode == "swiglu_backward" else 1
-    if tiles is None:
-        size = tile_rows(rows, groups)
-        fixed = 3 * size * width * item * lhs_CMK.shape[0]
+
+    def vmem(size: int) -> tuple[int, int]:
         per_column = 2 * parts * width * item
         per_column += 2 * size * outputs * jnp.dtype(out_dtype).itemsize
         per_column += 0 if d_hidden_MN is None else 2 * size * item
-        tiles = Tiles(size, block_columns(columns, per_column, fixed))
+        return 3 * size * width * item * lhs_CMK.shape[0], per_column
+
+    tiles = tiles or choose_tiles(rows, groups, columns, vmem)
     visits = visits_lib.by_tile(group_sizes_G, rows, tiles.rows)
     scalars = visits[:4]
 
@@ -256,11 +273,11 @@ def outer(
     """[G, C, K, N]: for every group the sum over its rows of lhs [K, 1] times d_out [1, N]."""
     (groups,), (parts, rows, columns) = group_sizes_G.shape, d_out_CMN.shape
     width, item = lhs_MK.shape[1], lhs_MK.dtype.itemsize
-    if tiles is None:
-        size = tile_rows(rows, groups)
-        fixed = 3 * size * width * item
-        per_column = 2 * parts * (width * 4 + size * item)
-        tiles = Tiles(size, block_columns(columns, per_column, fixed))
+
+    def vmem(size: int) -> tuple[int, int]:
+        return 3 * size * width * item, 2 * parts * (width * 4 + size * item)
+
+    tiles = tiles or choose_tiles(rows, groups, columns, vmem)
     visits = visits_lib.by_group(group_sizes_G, rows, tiles.rows)
     last_tile = visits.tile_V[visits.count - 1].reshape(1)
     scalars = (*visits[:4], last_tile)

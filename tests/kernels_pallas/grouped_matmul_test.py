@@ -218,6 +218,50 @@ def test_tpu_kernels_compile_at_the_size_of_olmoe(chip, which, mebibytes):
     assert program.temp_bytes <= mebibytes * 2**20
 
 
+def layer_gradients(*, rows: int, groups: int, width: int, hidden: int):
+    """Gradients of a layer of experts by the TPU kernels, for `compile_for`."""
+
+    def loss(x, gate_up, down, sizes):
+        h = grouped_swiglu(x, gate_up, sizes, implementation="pallas_tpu")
+        y = grouped_matmul(h, down, sizes, implementation="pallas_tpu")
+        return jnp.sum(y.astype(jnp.float32))
+
+    shapes = (rows, width), (groups, width, 2, hidden), (groups, hidden, width)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+    return jax.grad(loss, argnums=(0, 1, 2)), (*arrays, sizes)
+
+
+@pytest.mark.parametrize("chip", [pytest.param("v5e", marks=pytest.mark.slow), "v5p"])
+def test_wide_experts_compile(chip):
+    """Mixtral 8x7B: tiles of 512 whole rows of 14,336 would not fit the vector memory."""
+    pytest.importorskip("libtpu")
+    target = f"{__name__}:layer_gradients"
+    assert compile_for(
+        target, chip, dump=False, rows=16384, groups=8, width=4096, hidden=14336
+    ).temp_bytes
+
+
+@pytest.mark.parametrize("item", [2, 4])
+@pytest.mark.parametrize("width", [128, 2048, 14336, pallas_tpu_kernels.WIDEST])
+def test_tiles_of_every_width_fit(width, item):
+    def vmem(size):
+        return 6 * size * width * item, 4 * width * 4 + 4 * size * item
+
+    tiles = pallas_tpu_kernels.choose_tiles(10**6, 8, 14336, vmem)
+    fixed, per_column = vmem(tiles.rows)
+    assert fixed + tiles.columns * per_column <= pallas_tpu_kernels.VMEM_BUDGET
+    assert tiles.rows >= 16 and 14336 % tiles.columns == 0
+
+
+def test_wider_rows_go_elsewhere():
+    with targets.compiling_for("tpu"):
+        assert choose("bfloat16", (pallas_tpu_kernels.WIDEST + 128, 256), gathers=False) == "ragged"
+    x, w, sizes = jnp.ones((2, 16512)), jnp.ones((1, 16512, 128)), jnp.ones(1, jnp.int32)
+    with pytest.raises(ValueError, match="widths of at most 16384, got"):
+        grouped_matmul(x, w, sizes, implementation="pallas_tpu", interpret=True)
+
+
 def test_reference_equals_a_loop_in_numpy():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(10, 4)), rng.normal(size=(3, 4, 5))
