@@ -233,8 +233,10 @@ def main() -> int:
         rows = []
         for name in settings.cases:
             case = CASES[name]
+            print(f"{case.model} on {case.topology}: olmax ...", file=sys.stderr, flush=True)
             own = ours(case)
             for kind, chosen in (("its own", {}), ("ours", compiler_options(case))):
+                print(f"  MaxText with {kind} options ...", file=sys.stderr, flush=True)
                 rows.append((case, kind, own, maxtext(case, settings.peers, chosen)))
         settings.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(

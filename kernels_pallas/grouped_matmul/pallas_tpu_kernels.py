@@ -74,6 +74,11 @@ def choose_tiles(
     raise AssertionError("widths up to WIDEST fit")
 
 
+def _visited_rows(rows: int, tile: int, groups: int) -> int:
+    """Rows of all visits: a tile is computed whole for every group that has some of it."""
+    return (-(-rows // tile) + groups - 1) * tile
+
+
 def product(
     lhs_CMK: jax.Array,
     rhs_GCKN: jax.Array,
@@ -165,7 +170,7 @@ def product(
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * width * columns * parts,
+            flops=2 * _visited_rows(rows, tiles.rows, groups) * width * columns * parts,
             bytes_accessed=item * (rhs_GCKN.size + rows * (width + outputs * columns)),
             transcendentals=0 if mode == "sum" else rows * columns,
         ),
@@ -320,7 +325,7 @@ def outer(
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * width * columns * parts,
+            flops=2 * _visited_rows(rows, tiles.rows, groups) * width * columns * parts,
             bytes_accessed=item * rows * (width + parts * columns)
             + 4 * groups * parts * width * columns,
             transcendentals=0,
