@@ -134,12 +134,12 @@ KERNELS = (
     Kernel(_SPLASH, "attention kernel", _splash),
     Kernel(_ATTENTION, "attention kernel", _attention),
     Kernel("ragged-dot", "experts", _ragged_dot),
-    # Likewise 1.0, on v6e 0.91 (kernels_pallas/grouped_matmul/README.md). Declared is the work of
-    # whole tiles, which with many small groups is more than that of their rows.
-    Kernel("grouped_", "experts", _declared(0.9, v6e=0.8)),
     # By its schedules (kernels_pallas/linear_cross_entropy/README.md) 1.0 of the peak, on v6e 0.77;
     # a tenth less for what a schedule does not show.
     Kernel("linear_cross_entropy_", "head and loss", _declared(0.9, v6e=0.7)),
+    # Likewise 1.0, on v6e 0.91 (kernels_pallas/grouped_matmul/README.md). Declared is the work of
+    # whole tiles, which with many small groups is more than that of their rows.
+    Kernel("grouped_", "experts", _declared(0.9, v6e=0.8)),
     # Both are bound by HBM.
     Kernel("route|combine", "router", _declared(0.4)),
     # Whatever nobody has looked at yet.
