@@ -21,12 +21,3 @@ def in_memory(x: Any) -> Any:
     the other operand, or holds up the matrix unit, and costs more than its way through memory.
     """
     return on_tpu(jax.lax.optimization_barrier, lambda x: x, x)
-
-
-@jax.custom_vjp
-def gradient_in_memory(x: jax.Array) -> jax.Array:
-    """`x`, whose gradient is computed before what uses it and not inside it."""
-    return x
-
-
-gradient_in_memory.defvjp(lambda x: (x, None), lambda _, dx: (in_memory(dx),))

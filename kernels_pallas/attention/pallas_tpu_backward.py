@@ -42,15 +42,14 @@ RESIDENT_BYTES = 8 * 2**20
 
 def backward(q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL, d_out_BLQH, d_lse_BQL, settings):
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
-    delta_BLQ = jnp.sum(d_out_BLQH.astype(jnp.float32) * out_BLQH.astype(jnp.float32), axis=-1)
-    delta_BQL = jnp.swapaxes(delta_BLQ, 1, 2) - d_lse_BQL
     lse_BQL = jnp.where(jnp.isneginf(lse_BQL), NOTHING_SEEN, lse_BQL * LOG2_E)
+    of_queries = (out_BLQH, lse_BQL, d_out_BLQH, d_lse_BQL)
     head_dim, kv_len = k_BSKH.shape[3], k_BSKH.shape[1]
     block = settings.backward_blocks.kv
     part = max(block, RESIDENT_BYTES // (8 * _lanes(head_dim)) // block * block)
     if kv_len <= part:
-        arrays = (q_BLQH, k_BSKH, v_BSKH, ids, lse_BQL, delta_BQL, d_out_BLQH)
-        return _part(*arrays, settings, q_BLQH.dtype)
+        keys = (k_BSKH, v_BSKH, ids)
+        return _part(q_BLQH, *keys, *of_queries, settings, q_BLQH.dtype)
 
     def of_keys(start, length: int, q_offset: int | None):
         """Gradients from the keys start .. start + length. Without a static q_offset, start may be
@@ -72,8 +71,9 @@ def backward(q_BLQH, k_BSKH, v_BSKH, ids, out_BLQH, lse_BQL, d_out_BLQH, d_lse_B
             None if ids.mask is None else cut(ids.mask, 2),
             jnp.int32(offset - start) if q_offset is None else None,
         )
-        arrays = (q_BLQH, cut(k_BSKH), cut(v_BSKH), part_ids, lse_BQL, delta_BQL, d_out_BLQH)
-        return _part(*arrays, dataclasses.replace(settings, shape=shape), jnp.float32)
+        keys = (cut(k_BSKH), cut(v_BSKH), part_ids)
+        of_part = dataclasses.replace(settings, shape=shape)
+        return _part(q_BLQH, *keys, *of_queries, of_part, jnp.float32)
 
     def add(dq_BLQH, start):
         more_BLQH, *of_part = of_keys(start, part, None)
@@ -99,7 +99,16 @@ def _lanes(width: int) -> int:
 
 
 def _part(
-    q_BLQH, k_BSKH, v_BSKH, ids, lse_BQL, delta_BQL, d_out_BLQH, settings: "Settings", dq_dtype
+    q_BLQH,
+    k_BSKH,
+    v_BSKH,
+    ids,
+    out_BLQH,
+    lse_BQL,
+    d_out_BLQH,
+    d_lse_BQL,
+    settings: "Settings",
+    dq_dtype,
 ):
     """Gradients from the keys given: dq [B, L, Q, H] in dq_dtype, dk, dv [B, S, K, H]."""
     batch, q_len, q_heads, head_dim = q_BLQH.shape
@@ -112,7 +121,9 @@ def _part(
     q_BQLH, d_out_BQLH = (padded(jnp.swapaxes(x, 1, 2), 2, blocks.q) for x in (q_BLQH, d_out_BLQH))
     k_BKSH, v_BKSH = (padded(jnp.swapaxes(x, 1, 2), 2, blocks.kv) for x in (k_BSKH, v_BSKH))
     k_BKHS = last_two_swapped(k_BKSH)
-    lse_BQ1L, delta_BQ1L = (padded(x, 2, blocks.q)[:, :, None] for x in (lse_BQL, delta_BQL))
+    # As the forward kernel wrote it.
+    out_BQHL = padded(jnp.transpose(out_BLQH, (0, 2, 3, 1)), 3, blocks.q)
+    lse_BQ1L, d_lse_BQ1L = (padded(x, 2, blocks.q)[:, :, None] for x in (lse_BQL, d_lse_BQL))
     q_offset = settings.shape.q_offset if ids.q_offset is None else ids.q_offset
     scalars = (jnp.asarray(q_offset, jnp.int32).reshape(1), *visits[:5])
 
@@ -140,10 +151,10 @@ def _part(
     row_spec = functools.partial(
         spec, (1, 1, 1, blocks.q), index=lambda b, h, k, i, j: (b, h, 0, i)
     )
-    padded_q, padded_kv = q_BQLH.shape[2], k_BKSH.shape[2]
+    padded_kv = k_BKSH.shape[2]
     of_keys = spec((1, 1, padded_kv, head_dim), 2, lambda b, h, k, i, j: (b, k, 0, 0))
     pairs = (len(visits.flags) - 2 * LEAD) * kv_heads * blocks.q * blocks.kv
-    dq_BQHL, dk_BKSH, dv_BKSH = pl.pallas_call(
+    dq_BQLH, dk_BKSH, dv_BKSH = pl.pallas_call(
         functools.partial(_kernel, settings=settings, mask_names=[one.name for one in of_mask]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -153,7 +164,8 @@ def _part(
                 q_spec(age=0),
                 kv_spec(age=0),
                 kv_spec(age=0),
-                row_spec(age=1),
+                spec((1, 1, head_dim, blocks.q), 0, lambda b, h, k, i, j: (b, h, 0, i)),
+                row_spec(age=0),
                 row_spec(age=1),
                 q_spec(age=2),
                 q_spec(age=2),
@@ -161,7 +173,7 @@ def _part(
                 *[one.spec for one in of_mask],
             ],
             out_specs=[
-                spec((1, 1, head_dim, blocks.q), 2, lambda b, h, k, i, j: (b, h, 0, i)),
+                q_spec(age=2),
                 of_keys,
                 of_keys,
             ],
@@ -169,12 +181,13 @@ def _part(
                 *[pltpu.VMEM((head_dim, blocks.q), q_BLQH.dtype)] * 2,
                 *[pltpu.VMEM((blocks.kv, blocks.q), jnp.float32)] * 2,
                 *[pltpu.VMEM((blocks.kv, blocks.q), q_BLQH.dtype)] * 2,
+                pltpu.VMEM((1, blocks.q), jnp.float32),
                 pltpu.VMEM((head_dim, blocks.q), jnp.float32),
                 *[pltpu.VMEM((padded_kv, head_dim), jnp.float32)] * 2,
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, q_heads, head_dim, padded_q), dq_dtype),
+            jax.ShapeDtypeStruct(q_BQLH.shape, dq_dtype),
             jax.ShapeDtypeStruct(k_BKSH.shape, k_BSKH.dtype),
             jax.ShapeDtypeStruct(v_BKSH.shape, v_BSKH.dtype),
         ],
@@ -184,7 +197,7 @@ def _part(
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * head_dim,
             transcendentals=pairs,
-            bytes_accessed=5 * (q_BQLH.nbytes + k_BKSH.nbytes) // 2,
+            bytes_accessed=6 * q_BQLH.nbytes + 5 * k_BKSH.nbytes,
         ),
         interpret=settings.interpret,
         name="attention_backward",
@@ -194,15 +207,16 @@ def _part(
         d_out_BQLH,
         k_BKSH,
         v_BKSH,
+        out_BQHL,
+        d_lse_BQ1L,
         lse_BQ1L,
-        delta_BQ1L,
         q_BQLH,
         d_out_BQLH,
         k_BKHS,
         *[one.array for one in of_mask],
     )
     return (
-        jnp.transpose(dq_BQHL[..., :q_len], (0, 3, 1, 2)),
+        jnp.swapaxes(dq_BQLH[:, :, :q_len], 1, 2),
         jnp.swapaxes(dk_BKSH[:, :, :kv_len], 1, 2),
         jnp.swapaxes(dv_BKSH[:, :, :kv_len], 1, 2),
     )
@@ -219,8 +233,9 @@ def _kernel(
     d_out_ref,
     k_ref,
     v_ref,
+    out_HL_ref,
+    d_lse_ref,
     lse_ref,
-    delta_ref,
     old_q_ref,
     old_d_out_ref,
     old_k_HS_ref,
@@ -239,6 +254,7 @@ def _kernel(
         d_weights_SL,
         weights_SL,
         d_scores_SL,
+        delta_1L,  # of the entry before
         dq_HL,  # accumulators
         dk_SH,
         dv_SH,
@@ -270,7 +286,7 @@ def _kernel(
             dq_HL[:, columns] += product(old_k_HS_ref[0, 0], d_scores)
 
             weights = jnp.exp2(scores_SL[:, columns] - lse_ref[0, 0, :, columns])
-            d_scores = weights * (d_weights_SL[:, columns] - delta_ref[0, 0, :, columns])
+            d_scores = weights * (d_weights_SL[:, columns] - delta_1L[:, columns])
             weights_SL[:, columns] = weights.astype(weights_SL.dtype)
             d_scores_SL[:, columns] = d_scores.astype(d_scores_SL.dtype)
 
@@ -296,9 +312,14 @@ def _kernel(
     def _():
         step(partial=True)
 
+    @pl.when(flags & FIRST != 0)
+    def _():
+        products_HL = out_HL_ref[0, 0].astype(jnp.float32) * d_out_HL[...].astype(jnp.float32)
+        delta_1L[...] = jnp.sum(products_HL, axis=0, keepdims=True) - d_lse_ref[0, 0]
+
     @pl.when(old_flags & LAST != 0)
     def _():
-        dq_ref[0, 0] = (dq_HL[...] * settings.scale).astype(dq_ref.dtype)
+        dq_ref[0, 0] = last_two_swapped((dq_HL[...] * settings.scale).astype(dq_ref.dtype))
 
     @pl.when(old_flags & END != 0)
     def _():

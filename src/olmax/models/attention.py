@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import PER_DEVICE, attention, choose, ring_attention
 from kernels_pallas.xla_cpu import apart
-from kernels_pallas.xla_tpu import gradient_in_memory, on_tpu
+from kernels_pallas.xla_tpu import on_tpu
 from olmax.models import parameters
 from olmax.models.annotations import annotate, mesh_axes, per_device
 from olmax.models.config import DecoderConfig, Execution
@@ -103,7 +103,6 @@ class Attention(nnx.Module):
             )
         o_BLKGH = checkpoint_name(o_BLKGH, "attention_output")
         o_BLKGH = annotate(o_BLKGH, ("batch", "length", "kv_heads", None, None))
-        o_BLKGH = gradient_in_memory(o_BLKGH)
         return project(o_BLKGH, self.out[...], contract=3), cache
 
     def _attend(self, q_BLQH, k_BSKH, v_BSKH, q_offset, ids, cached):
@@ -204,8 +203,10 @@ def _project_apart(x_BLD, kernel_DKCH):
     """Three products: each gives its heads in the order of the attention kernel, which XLA's TPU
     backend otherwise takes a pass over memory for, here and again for the gradients.
     """
+    heads_DQH = kernel_DKCH[:, :, :-2].reshape(kernel_DKCH.shape[0], -1, kernel_DKCH.shape[3])
+    q_BLQH = project(x_BLD, heads_DQH)
     return (
-        project(x_BLD, kernel_DKCH[:, :, :-2]),
+        q_BLQH.reshape(*x_BLD.shape[:2], kernel_DKCH.shape[1], -1, kernel_DKCH.shape[3]),
         project(x_BLD, kernel_DKCH[:, :, -2]),
         project(x_BLD, kernel_DKCH[:, :, -1]),
     )

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.xla_cpu import apart
-from kernels_pallas.xla_tpu import gradient_in_memory, in_memory, on_tpu
+from kernels_pallas.xla_tpu import in_memory, on_tpu
 from olmax.models import parameters
 from olmax.models.annotations import annotate
 from olmax.models.config import DecoderConfig, Execution
@@ -40,7 +40,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         # Two products although the matrix is one: their gradients need not be joined in memory.
-        x_BLD = gradient_in_memory(x_BLD)
         gate_up_DCF = self.gate_up[...]
         gate_BLF, up_BLF = (project(x_BLD, gate_up_DCF[:, index]) for index in (0, 1))
         gate_BLF, up_BLF = checkpoint_name((gate_BLF, up_BLF), "gate_up")
@@ -55,13 +54,13 @@ def down(gate: jax.Array, up: jax.Array, kernel_FD: jax.Array) -> jax.Array:
 
 
 def _down_forward(gate, up, kernel_FD):
-    hidden = swiglu(*in_memory((gate, up)))
+    hidden = swiglu(gate, up)
     return project(hidden, kernel_FD), (gate, up, hidden, kernel_FD)
 
 
 def _down_backward(residuals, dy):
     gate, up, hidden, kernel_FD = residuals
-    dy = in_memory(apart(dy))
+    dy = apart(dy)
     d_hidden = input_gradient(dy, kernel_FD)
     hidden, d_gate, d_up = on_tpu(_at_once, _gradients, gate, up, hidden, d_hidden)
     return d_gate, d_up, kernel_gradient(hidden, dy, kernel_FD.dtype)
@@ -75,9 +74,8 @@ def _gradients(gate, up, hidden, d_hidden):
 
 
 def _at_once(gate, up, hidden, d_hidden):
-    """The same with the hidden values computed again, in one pass over the arrays."""
+    """The same with the hidden values computed again, inside the product that makes d_hidden."""
     del hidden
-    gate, up, d_hidden = in_memory((gate, up, d_hidden))
     return in_memory(_gradients(gate, up, swiglu(gate, up), d_hidden))
 
 

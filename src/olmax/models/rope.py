@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kernels_pallas.xla_tpu import on_tpu
 from olmax.models.config import Llama3RopeScaling
@@ -70,6 +71,7 @@ def _rotate_on_tpu(x, cos, sin):
     """The same with the halves exchanged by a product with a signed permutation, which is exact:
     the vector unit would take several passes over memory to move half a register.
     """
+    x = with_layout_constraint(x, Layout((0, 2, 1, 3)))
     half = x.shape[-1] // 2
     swap_HH = np.zeros((2 * half, 2 * half), np.float32)
     swap_HH[np.arange(half) + half, np.arange(half)] = -1
