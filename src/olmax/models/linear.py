@@ -40,9 +40,18 @@ project.defvjp(_forward, _backward)
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
     """Gradient of x in `project`, in dy's dtype."""
-    # The kernel with its sides exchanged.
-    swapped = jnp.moveaxis(kernel, range(contract), range(-contract, 0))
-    return _product(dy, swapped.astype(dy.dtype), kernel.ndim - contract)
+    lead = dy.ndim - (kernel.ndim - contract)
+
+    def whole(dy, kernel):
+        outer = tuple(range(lead, dy.ndim)), tuple(range(contract, kernel.ndim))
+        return jax.lax.dot_general(dy, kernel, (outer, ((), ())))
+
+    def flat(dy, kernel):
+        sides = ((lead,), (1,)), ((), ())
+        dx = jax.lax.dot_general(_flat(dy, lead), _matrix(kernel, contract), sides)
+        return dx.reshape(*dy.shape[:lead], *kernel.shape[:contract])
+
+    return on_tpu(whole, flat, dy, kernel.astype(dy.dtype))
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, dtype, contract: int = 1) -> jax.Array:
@@ -65,17 +74,22 @@ def _product(x: jax.Array, kernel: jax.Array, contract: int) -> jax.Array:
     In programs for TPUs every dimension stays apart: heads that lie outside of the tokens in
     memory, as attention wants them, cannot be joined with their width without a copy.
     """
+    lead = x.ndim - contract
 
     def whole(x, kernel):
-        inner = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
+        inner = tuple(range(lead, x.ndim)), tuple(range(contract))
         return jax.lax.dot_general(x, kernel, (inner, ((), ())))
 
     def flat(x, kernel):
-        lead, tail = x.shape[: x.ndim - contract], kernel.shape[contract:]
-        kernel_IO = kernel.reshape(math.prod(kernel.shape[:contract]), math.prod(tail))
-        return jnp.matmul(_flat(x, len(lead)), kernel_IO).reshape(*lead, *tail)
+        y = jnp.matmul(_flat(x, lead), _matrix(kernel, contract))
+        return y.reshape(*x.shape[:lead], *kernel.shape[contract:])
 
     return on_tpu(whole, flat, x, kernel)
+
+
+def _matrix(kernel: jax.Array, contract: int) -> jax.Array:
+    """[I, O] of a kernel [*inner, *outer] with `contract` inner dimensions."""
+    return kernel.reshape(math.prod(kernel.shape[:contract]), math.prod(kernel.shape[contract:]))
 
 
 def _flat(x: jax.Array, lead: int) -> jax.Array:
