@@ -16,8 +16,8 @@ def on_tpu(tpu: Callable[..., Any], default: Callable[..., Any], *args: Any) -> 
 def in_memory(x: Any) -> Any:
     """`x`, an array or a tree of arrays, computed before what uses it and not inside it.
 
-    XLA's TPU backend fuses what leads to an operand into the matrix product that reads it, which then
-    does that work again for every tile of the other operand. That is mostly cheaper than a way
-    through memory (docs/performance.md), but not where several products read the same values.
+    XLA's TPU backend fuses what leads to an operand into the matrix product that reads it, which
+    then does that work again for every tile of the other operand. That is mostly cheaper than a
+    way through memory (docs/performance.md), but not where several products read the values.
     """
     return on_tpu(jax.lax.optimization_barrier, lambda x: x, x)
