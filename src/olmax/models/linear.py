@@ -57,14 +57,12 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.A
 def kernel_gradient(x: jax.Array, dy: jax.Array, dtype, contract: int = 1) -> jax.Array:
     """Gradient of the kernel in `project`, accumulated in float32."""
     lead = x.ndim - contract
+    whole = functools.partial(_kernel_gradient, lead=lead)
 
     def flat(x, dy):
-        d_kernel_IO = on_cpu(
-            _kernel_gradient_on_cpu, _kernel_gradient, _flat(x, lead), _flat(dy, lead)
-        )
+        d_kernel_IO = on_cpu(_kernel_gradient_on_cpu, whole, _flat(x, lead), _flat(dy, lead))
         return d_kernel_IO.reshape(*x.shape[lead:], *dy.shape[lead:])
 
-    whole = functools.partial(_kernel_gradient, lead=lead)
     return on_tpu(whole, flat, x, dy).astype(dtype)
 
 
@@ -97,12 +95,12 @@ def _flat(x: jax.Array, lead: int) -> jax.Array:
     return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
 
 
-def _kernel_gradient(x: jax.Array, dy: jax.Array, lead: int | None = None) -> jax.Array:
-    """float32 sum of x and dy over their `lead` leading dimensions, all but one when None.
+def _kernel_gradient(x: jax.Array, dy: jax.Array, lead: int) -> jax.Array:
+    """float32 sum of x and dy over their `lead` leading dimensions.
 
     The leading dimensions stay apart, so that each may be cut over a mesh axis of its own.
     """
-    summed = tuple(range(x.ndim - 1 if lead is None else lead))
+    summed = tuple(range(lead))
     dims = ((summed, summed), ((), ()))
     return jax.lax.dot_general(x, dy, dims, preferred_element_type=jnp.float32)
 

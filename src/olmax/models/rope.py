@@ -71,6 +71,7 @@ def _rotate_on_tpu(x, cos, sin):
     """The same with the halves exchanged by a product with a signed permutation, which is exact:
     the vector unit would take several passes over memory to move half a register.
     """
+    # As attention reads it: XLA would turn recomputed heads to suit the weight gradients, and back.
     x = with_layout_constraint(x, Layout((0, 2, 1, 3)))
     half = x.shape[-1] // 2
     swap_HH = np.zeros((2 * half, 2 * half), np.float32)
