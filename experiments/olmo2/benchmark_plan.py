@@ -97,8 +97,10 @@ def compiler_options(case: Case) -> dict[str, str]:
     from kernels_pallas import targets
     from olmax.training import tpu_options
 
+    topology, mesh = _mesh(case)
+    tokens = case.batch_per_chip * topology.num_chips * case.sequence_length
     with targets.compiling_for("tpu"):
-        return tpu_options.compiler_options(_mesh(case)[1]) or {}
+        return tpu_options.compiler_options(mesh, tokens) or {}
 
 
 def ours(case: Case) -> Side:

@@ -10,19 +10,30 @@ from olmax.training.tpu_options import compiler_options
 
 
 def mesh(kind):
-    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)]))
+    axes = {"slice": 1, "data": 1, "fsdp": 4, "expert": 1, "tensor": 2, "context": 2}
+    devices = np.array([types.SimpleNamespace(device_kind=kind)] * 16)
+    return types.SimpleNamespace(devices=devices, shape=axes)
 
 
 @pytest.mark.parametrize(
-    ("kind", "limit"),
-    [("TPU v5 lite", "98304"), ("TPU v5", "49152"), ("TPU v6 lite", "98304"), ("TPU v4", None)],
+    ("kind", "few", "many"),
+    [
+        ("TPU v5 lite", "49152", "49152"),
+        ("TPU v5", "24576", "49152"),
+        ("TPU v6 lite", "49152", "98304"),
+        ("TPU v4", None, None),
+    ],
 )
-def test_the_limit_is_what_the_vector_memory_of_the_chip_allows(kind, limit):
+def test_the_limit_goes_by_the_chip_and_the_tokens_of_a_device(kind, few, many):
     with targets.compiling_for("tpu"):
-        options = compiler_options(mesh(kind))
-    assert options.get("xla_tpu_scoped_vmem_limit_kib") == limit
+        # Four batch shards times two pieces of a sequence.
+        options = compiler_options(mesh(kind), 8 * 8192)
+        more = compiler_options(mesh(kind), 8 * 8192 + 8)
+    assert options is not None and more is not None
+    assert options.get("xla_tpu_scoped_vmem_limit_kib") == few
+    assert more.get("xla_tpu_scoped_vmem_limit_kib") == many
     assert "xla_jf_spmd_threshold_for_windowed_einsum_mib" in options
 
 
 def test_other_devices_have_none():
-    assert compiler_options(None) is None
+    assert compiler_options(None, 4096) is None

@@ -103,7 +103,7 @@ def make_train_step(
       objective: see `olmax.training.objectives`.
       optimizer: see `AdamWConfig`.
       schedule: with its duration resolved.
-      tokens_per_step: for schedules in tokens.
+      tokens_per_step: for schedules in tokens, and for the compiler's options.
       accumulation: micro-batches that a batch is cut into; divides the batch size.
       seed: of the initial parameters and of the randomness inside the steps.
       mesh: None: one device.
@@ -175,7 +175,7 @@ def make_train_step(
             step,
             donate_argnums=0,
             out_shardings=None if mesh is None else (shardings, everywhere),
-            compiler_options=compiler_options(mesh),
+            compiler_options=compiler_options(mesh, tokens_per_step // accumulation),
         ),
         mesh=mesh,
     )
