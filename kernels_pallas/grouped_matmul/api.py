@@ -44,6 +44,7 @@ def grouped_matmul(
     *,
     rows_M: jax.Array | None = None,
     max_readers: int | None = None,
+    expected_rows: int | None = None,
     transpose_rhs: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
@@ -66,6 +67,8 @@ def grouped_matmul(
       max_readers: no row of lhs has more readers in all groups than this, where that is known:
         a gradient that is added up in passes over the tokens then takes that many of them. A row
         with more readers gets part of its gradient.
+      expected_rows: how many rows all groups together will have, about, where M is only a bound for
+        that (rows from other devices): tiles are chosen, and the cost is declared, for so many.
       preferred_element_type: dtype of the result; lhs's when None.
       implementation: `reference` (G times the work), `tiled` (loops; CPUs), `ragged`
         (`jax.lax.ragged_dot`; never run on a GPU here), `pallas_tpu` (float32 and bfloat16, widths
@@ -90,6 +93,7 @@ def grouped_matmul(
             "they must be equal"
         )
     _check_groups(op, group_sizes_G, rhs.shape[0], lhs, rows_M)
+    _check_expected(op, expected_rows)
     widths = (contracted, rhs.shape[1 if transpose_rhs else 2])
     implementation = implementation or choose(lhs.dtype, widths, gathers=rows_M is not None)
     return _module(op, implementation).grouped_matmul(
@@ -98,6 +102,7 @@ def grouped_matmul(
         group_sizes_G,
         rows_M=rows_M,
         max_readers=max_readers,
+        expected_rows=expected_rows,
         transpose_rhs=transpose_rhs,
         preferred_element_type=preferred_element_type,
         **_interpret(op, implementation, interpret),
@@ -111,6 +116,7 @@ def grouped_swiglu(
     *,
     rows_M: jax.Array | None = None,
     max_readers: int | None = None,
+    expected_rows: int | None = None,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -119,7 +125,8 @@ def grouped_swiglu(
     Args:
       x_TK: [T, K], float32, bfloat16 or float16.
       gate_up_GKCF: [G, K, 2, F]; index 0 is the gate, 1 is up. Cast to x's dtype.
-      group_sizes_G, rows_M, max_readers, implementation, interpret: as in `grouped_matmul`.
+      group_sizes_G, rows_M, max_readers, expected_rows, implementation, interpret: as in
+        `grouped_matmul`.
 
     Returns:
       [M, F] in x's dtype; M is T without `rows_M`. silu and the product with up are float32.
@@ -137,6 +144,7 @@ def grouped_swiglu(
             f"[G, K, 2, F] with K = {x_TK.shape[1]} as in x_TK {x_TK.shape}"
         )
     _check_groups(op, group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M)
+    _check_expected(op, expected_rows)
     widths = (x_TK.shape[1], gate_up_GKCF.shape[3])
     implementation = implementation or choose(x_TK.dtype, widths, gathers=rows_M is not None)
     return _module(op, implementation).grouped_swiglu(
@@ -145,6 +153,7 @@ def grouped_swiglu(
         group_sizes_G,
         rows_M=rows_M,
         max_readers=max_readers,
+        expected_rows=expected_rows,
         **_interpret(op, implementation, interpret),
     )
 
@@ -173,6 +182,11 @@ def _check_groups(op: str, group_sizes_G, groups: int, lhs, rows_M) -> None:
         raise ValueError(f"{op}: rows_M is {rows_M.dtype} {rows_M.shape}, expected int32 [M]")
     if rows_M is not None and rows_M.shape[0] and not lhs.shape[0]:
         raise ValueError(f"{op}: rows_M {rows_M.shape} reads from no rows: {lhs.shape}")
+
+
+def _check_expected(op: str, expected_rows: int | None) -> None:
+    if expected_rows is not None and expected_rows < 1:
+        raise ValueError(f"{op}: expected_rows is {expected_rows}, expected at least 1")
 
 
 def _module(op: str, implementation: str) -> ModuleType:

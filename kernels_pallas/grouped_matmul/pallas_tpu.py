@@ -3,6 +3,7 @@
 README.md here says what they do and what was measured.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,6 +16,14 @@ from kernels_pallas.grouped_matmul.pallas_tpu_kernels import LANES, WIDEST, oute
 from kernels_pallas.grouped_matmul.rows import add_rows
 
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What is known of the groups before the program runs."""
+
+    max_readers: int | None
+    expected_rows: int | None
 
 
 def unsupported(dtype, widths: tuple[int, ...], gathered: int | None) -> str | None:
@@ -37,6 +46,7 @@ def grouped_matmul(
     *,
     rows_M=None,
     max_readers=None,
+    expected_rows=None,
     transpose_rhs=False,
     preferred_element_type=None,
     interpret: Any = False,
@@ -45,16 +55,25 @@ def grouped_matmul(
     width = None if rows_M is None else lhs.shape[1]
     _check("grouped_matmul", lhs, rhs.shape[1:], width, interpret)
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    return _product(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret)
+    hints = Hints(max_readers, expected_rows)
+    return _product(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret)
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None, interpret: Any = False
+    x_TK,
+    gate_up_GKCF,
+    group_sizes_G,
+    *,
+    rows_M=None,
+    max_readers=None,
+    expected_rows=None,
+    interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     widths = (gate_up_GKCF.shape[1], gate_up_GKCF.shape[3])
     _check("grouped_swiglu", x_TK, widths, None if rows_M is None else widths[0], interpret)
-    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret)
+    hints = Hints(max_readers, expected_rows)
+    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret)
 
 
 def _check(op: str, lhs, widths, gathered, interpret) -> None:
@@ -65,7 +84,7 @@ def _check(op: str, lhs, widths, gathered, interpret) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _product(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret):
+def _product(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret):
     rows = lhs.shape[0] if rows_M is None else rows_M.shape[0]
     if not rows:
         return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), dtype)
@@ -76,16 +95,17 @@ def _product(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype,
         rows_M=rows_M,
         transpose_rhs=transpose_rhs,
         out_dtype=dtype,
+        expected_rows=hints.expected_rows,
         interpret=interpret,
     )
 
 
-def _product_forward(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret):
-    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, max_readers, transpose_rhs, dtype, interpret)
+def _product_forward(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret):
+    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret)
     return out_MN, (lhs, rhs, group_sizes_G, rows_M)
 
 
-def _product_backward(max_readers, transpose_rhs, dtype, interpret, residuals, d_out_MN):
+def _product_backward(hints, transpose_rhs, dtype, interpret, residuals, d_out_MN):
     lhs, rhs, group_sizes_G, rows_M = residuals
     if not d_out_MN.shape[0]:
         return jnp.zeros_like(lhs), jnp.zeros_like(rhs), *_no_gradient(group_sizes_G, rows_M)
@@ -96,6 +116,7 @@ def _product_backward(max_readers, transpose_rhs, dtype, interpret, residuals, d
         group_sizes_G,
         transpose_rhs=not transpose_rhs,
         out_dtype=lhs.dtype,
+        expected_rows=hints.expected_rows,
         interpret=interpret,
     )
     if transpose_rhs:
@@ -104,10 +125,16 @@ def _product_backward(max_readers, transpose_rhs, dtype, interpret, residuals, d
         factors, picks = (d_out_MN, lhs_MK[None]), None
     else:
         factors, picks = (lhs, d_out_MN[None]), rows_M
-    d_rhs = outer(*factors, group_sizes_G, rows_M=picks, out_dtype=rhs.dtype, interpret=interpret)[
-        :, 0
-    ]
-    d_lhs = _to_tokens(d_lhs_MK, rows_M, group_sizes_G, max_readers, lhs)
+    d_rhs_GCKN = outer(
+        *factors,
+        group_sizes_G,
+        rows_M=picks,
+        out_dtype=rhs.dtype,
+        expected_rows=hints.expected_rows,
+        interpret=interpret,
+    )
+    d_rhs = d_rhs_GCKN[:, 0]
+    d_lhs = _to_tokens(d_lhs_MK, rows_M, group_sizes_G, hints, lhs)
     return d_lhs, d_rhs, *_no_gradient(group_sizes_G, rows_M)
 
 
@@ -115,7 +142,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret):
+def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret):
     rows = x_TK.shape[0] if rows_M is None else rows_M.shape[0]
     if not rows:
         return jnp.zeros((0, gate_up_GKCF.shape[3]), x_TK.dtype)
@@ -126,16 +153,17 @@ def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret):
         rows_M=rows_M,
         mode="swiglu",
         out_dtype=x_TK.dtype,
+        expected_rows=hints.expected_rows,
         interpret=interpret,
     )
 
 
-def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret):
-    h_MF = _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, max_readers, interpret)
+def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret):
+    h_MF = _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret)
     return h_MF, (x_TK, gate_up_GKCF, group_sizes_G, rows_M)
 
 
-def _swiglu_backward(max_readers, interpret, residuals, d_h_MF):
+def _swiglu_backward(hints, interpret, residuals, d_h_MF):
     """Computes gate and up again: they are three times what the forward pass writes."""
     x_TK, gate_up_GKCF, group_sizes_G, rows_M = residuals
     if not d_h_MF.shape[0]:
@@ -150,6 +178,7 @@ def _swiglu_backward(max_readers, interpret, residuals, d_h_MF):
         d_hidden_MN=d_h_MF,
         mode="swiglu_backward",
         out_dtype=x_TK.dtype,
+        expected_rows=hints.expected_rows,
         interpret=interpret,
     )
     d_x_MK = product(
@@ -158,6 +187,7 @@ def _swiglu_backward(max_readers, interpret, residuals, d_h_MF):
         group_sizes_G,
         transpose_rhs=True,
         out_dtype=x_TK.dtype,
+        expected_rows=hints.expected_rows,
         interpret=interpret,
     )
     d_gate_up_GCKF = outer(
@@ -166,9 +196,10 @@ def _swiglu_backward(max_readers, interpret, residuals, d_h_MF):
         group_sizes_G,
         rows_M=rows_M,
         out_dtype=gate_up_GKCF.dtype,
+        expected_rows=hints.expected_rows,
         interpret=interpret,
     )
-    d_x_TK = _to_tokens(d_x_MK, rows_M, group_sizes_G, max_readers, x_TK)
+    d_x_TK = _to_tokens(d_x_MK, rows_M, group_sizes_G, hints, x_TK)
     d_gate_up_GKCF = jnp.swapaxes(d_gate_up_GCKF, 1, 2)
     return d_x_TK, d_gate_up_GKCF, *_no_gradient(group_sizes_G, rows_M)
 
@@ -180,11 +211,11 @@ def _parts_first(gate_up_GKCF, dtype) -> jax.Array:
     return jnp.swapaxes(gate_up_GKCF.astype(dtype), 1, 2)
 
 
-def _to_tokens(d_MK, rows_M, group_sizes_G, max_readers, like) -> jax.Array:
+def _to_tokens(d_MK, rows_M, group_sizes_G, hints, like) -> jax.Array:
     if rows_M is None:
         return d_MK
     count = jnp.sum(jnp.maximum(group_sizes_G, 0))
-    return add_rows(d_MK, rows_M, like.shape[0], count, max_readers).astype(like.dtype)
+    return add_rows(d_MK, rows_M, like.shape[0], count, hints.max_readers).astype(like.dtype)
 
 
 def _no_gradient(*integers) -> tuple:

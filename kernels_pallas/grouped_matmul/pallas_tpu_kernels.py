@@ -90,6 +90,7 @@ def product(
     mode: str = "sum",
     out_dtype: Any,
     tiles: Tiles | None = None,
+    expected_rows: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Rows times the matrices of their group.
@@ -97,6 +98,8 @@ def product(
     Args:
       lhs_CMK: [C, M, K] in mode `sum`, else [1, M, K]; [1, T, K] with `rows_M`.
       rhs_GCKN: [G, C, K, N], or [G, C, N, K] with `transpose_rhs`.
+      expected_rows: of all groups together, where the rows are a bound for them; what tiles
+        and the declared cost are made for.
       mode: `sum` adds the C products up: [M, N]. `swiglu` is silu(first) * second: [M, N].
         `swiglu_backward` returns the gradients of first and second, [2, M, N], from `d_hidden`.
     """
@@ -111,7 +114,8 @@ def product(
         per_column += 0 if d_hidden_MN is None else 2 * size * item
         return 3 * size * width * item * lhs_CMK.shape[0], per_column
 
-    tiles = tiles or choose_tiles(rows, groups, columns, vmem)
+    expected = expected_rows or rows
+    tiles = tiles or choose_tiles(expected, groups, columns, vmem)
     visits = visits_lib.by_tile(group_sizes_G, rows, tiles.rows)
     scalars = visits[:4]
 
@@ -170,9 +174,9 @@ def product(
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * _visited_rows(rows, tiles.rows, groups) * width * columns * parts,
-            bytes_accessed=item * (rhs_GCKN.size + rows * (width + outputs * columns)),
-            transcendentals=0 if mode == "sum" else rows * columns,
+            flops=2 * _visited_rows(expected, tiles.rows, groups) * width * columns * parts,
+            bytes_accessed=item * (rhs_GCKN.size + expected * width + rows * outputs * columns),
+            transcendentals=0 if mode == "sum" else expected * columns,
         ),
         interpret=interpret,
         name=f"grouped_{mode}" if mode != "sum" else "grouped_matmul",
@@ -273,16 +277,20 @@ def outer(
     rows_M: jax.Array | None = None,
     out_dtype: Any,
     tiles: Tiles | None = None,
+    expected_rows: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """[G, C, K, N]: for every group the sum over its rows of lhs [K, 1] times d_out [1, N]."""
+    """[G, C, K, N]: for every group the sum over its rows of lhs [K, 1] times d_out [1, N].
+    `expected_rows` as in `product`.
+    """
     (groups,), (parts, rows, columns) = group_sizes_G.shape, d_out_CMN.shape
     width, item = lhs_MK.shape[1], lhs_MK.dtype.itemsize
 
     def vmem(size: int) -> tuple[int, int]:
         return 3 * size * width * item, 2 * parts * (width * 4 + size * item)
 
-    tiles = tiles or choose_tiles(rows, groups, columns, vmem)
+    expected = expected_rows or rows
+    tiles = tiles or choose_tiles(expected, groups, columns, vmem)
     visits = visits_lib.by_group(group_sizes_G, rows, tiles.rows)
     last_tile = visits.tile_V[visits.count - 1].reshape(1)
     scalars = (*visits[:4], last_tile)
@@ -325,8 +333,8 @@ def outer(
             disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * _visited_rows(rows, tiles.rows, groups) * width * columns * parts,
-            bytes_accessed=item * rows * (width + parts * columns)
+            flops=2 * _visited_rows(expected, tiles.rows, groups) * width * columns * parts,
+            bytes_accessed=item * expected * (width + parts * columns)
             + 4 * groups * parts * width * columns,
             transcendentals=0,
         ),

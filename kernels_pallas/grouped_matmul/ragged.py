@@ -15,6 +15,7 @@ def grouped_matmul(
     *,
     rows_M=None,
     max_readers=None,
+    expected_rows=None,
     transpose_rhs=False,
     preferred_element_type=None,
 ) -> jax.Array:
@@ -29,7 +30,7 @@ def grouped_matmul(
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None
+    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None, expected_rows=None
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     groups, width_in, _, width = gate_up_GKCF.shape

@@ -29,24 +29,25 @@ def grouped_matmul(
     *,
     rows_M=None,
     max_readers=None,
+    expected_rows=None,
     transpose_rhs=False,
     preferred_element_type=None,
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_matmul`."""
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    return _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype)
+    return _product(lhs, rhs, group_sizes_G, rows_M, expected_rows, transpose_rhs, dtype)
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None
+    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None, expected_rows=None
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
-    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M)
+    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype):
-    tiles = _Tiles(group_sizes_G, rhs.shape[0], lhs, rows_M)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _product(lhs, rhs, group_sizes_G, rows_M, expected_rows, transpose_rhs, dtype):
+    tiles = _Tiles(group_sizes_G, rhs.shape[0], lhs, rows_M, expected_rows)
     width = rhs.shape[1 if transpose_rhs else 2]
 
     def group(index, out_MN):
@@ -61,14 +62,14 @@ def _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype):
     return tiles.each_group(group, jnp.zeros((tiles.rows, width), dtype))
 
 
-def _product_forward(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype):
-    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, transpose_rhs, dtype)
+def _product_forward(lhs, rhs, group_sizes_G, rows_M, expected_rows, transpose_rhs, dtype):
+    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, expected_rows, transpose_rhs, dtype)
     return out_MN, (lhs, rhs, group_sizes_G, rows_M)
 
 
-def _product_backward(transpose_rhs, dtype, residuals, d_out_MN):
+def _product_backward(expected_rows, transpose_rhs, dtype, residuals, d_out_MN):
     lhs, rhs, group_sizes_G, rows_M = residuals
-    tiles = _Tiles(group_sizes_G, rhs.shape[0], lhs, rows_M)
+    tiles = _Tiles(group_sizes_G, rhs.shape[0], lhs, rows_M, expected_rows)
     d_out_MN = d_out_MN.astype(lhs.dtype)
 
     def group(index, carry):
@@ -95,13 +96,13 @@ def _product_backward(transpose_rhs, dtype, residuals, d_out_MN):
 _product.defvjp(_product_forward, _product_backward)
 
 
-@jax.custom_vjp
-def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M):
-    return _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows):
+    return _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows)[0]
 
 
-def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M):
-    tiles = _Tiles(group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M)
+def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows):
+    tiles = _Tiles(group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M, expected_rows)
     width = gate_up_GKCF.shape[3]
 
     def group(index, carry):
@@ -124,9 +125,9 @@ def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M):
     return h_MF, (x_TK, gate_up_GKCF, group_sizes_G, rows_M, gate_up_MP)
 
 
-def _swiglu_backward(residuals, d_h_MF):
+def _swiglu_backward(expected_rows, residuals, d_h_MF):
     x_TK, gate_up_GKCF, group_sizes_G, rows_M, gate_up_MP = residuals
-    tiles = _Tiles(group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M)
+    tiles = _Tiles(group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M, expected_rows)
     width = gate_up_GKCF.shape[3]
 
     def group(index, carry):
@@ -161,10 +162,11 @@ _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 class _Tiles:
     """The tiles of every group, and how rows enter and leave them. Letter R: rows of a tile."""
 
-    def __init__(self, group_sizes_G, groups: int, lhs, rows_M):
+    def __init__(self, group_sizes_G, groups: int, lhs, rows_M, expected_rows: int | None):
         self.lhs, self.rows_M = lhs, rows_M
         self.rows = lhs.shape[0] if rows_M is None else rows_M.shape[0]
-        fits = [size for size in TILES if self.rows >= 2 * size * groups]
+        expected = expected_rows or self.rows
+        fits = [size for size in TILES if expected >= 2 * size * groups]
         self.size = min(fits[0] if fits else TILES[-1], self.rows)
         sizes_G = jnp.maximum(group_sizes_G, 0)
         # Groups that reach past the last row are cut there.

@@ -1,6 +1,7 @@
 """Every implementation of the grouped products against the definition: values and gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -323,9 +324,50 @@ def test_a_bound_on_the_readers_changes_nothing(implementation):
     np.testing.assert_array_equal(gradient(2)[:, 0], [4.0, 0.0, 8.0])
 
 
+@pytest.mark.parametrize("implementation", ["reference", *OTHERS])
+def test_fewer_rows_than_the_bound_may_be_expected(implementation):
+    x = jnp.arange(200 * 8.0).reshape(200, 8) / 800
+    gate_up = jnp.cos(jnp.arange(2 * 8 * 2 * 4.0)).reshape(2, 8, 2, 4)
+    sizes = jnp.asarray([70, 5], jnp.int32)
+
+    def gradients(expected_rows):
+        return jax.grad(
+            lambda x, w: grouped_swiglu(
+                x, w, sizes, expected_rows=expected_rows, implementation=implementation
+            ).sum(),
+            (0, 1),
+        )(x, gate_up)
+
+    for one, other in zip(gradients(None), gradients(64), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_and_the_declared_work_are_those_of_the_expected_rows():
+    """256 rows may come, 8,192 could."""
+    x, w = jnp.ones((8192, 256), jnp.bfloat16), jnp.ones((2, 256, 128), jnp.bfloat16)
+    sizes = jnp.full(2, 128, jnp.int32)
+
+    def calls(expected_rows):
+        def loss(x, w):
+            out = grouped_matmul(
+                *(x, w, sizes), expected_rows=expected_rows, implementation="pallas_tpu"
+            )
+            return out.sum().astype(jnp.float32)
+
+        with targets.compiling_for("tpu"):
+            jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w)
+        return re.findall(r"flops=(\d+)", str(jaxpr))
+
+    # 128 rows a tile: two tiles and one more that two groups share; without it 512 a tile.
+    few, all_rows = 2 * 3 * 128 * 256 * 128, 2 * 17 * 512 * 256 * 128
+    assert calls(256) == [str(few)] * 3
+    assert calls(None) == [str(all_rows)] * 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict(expected_rows=0), "expected_rows is 0, expected at least 1"),
         (dict(lhs=jnp.ones((2, 3, 4))), r"lhs has shape \(2, 3, 4\), expected \[M, K\]"),
         (dict(rhs=jnp.ones((2, 5, 3))), "rhs .* has K = 5, lhs .* has K = 8"),
         (dict(rhs=jnp.ones((2, 8, 3), jnp.int32)), "rhs .* has dtype int32, expected one of"),

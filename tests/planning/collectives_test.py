@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from olmax.planning import chips, collectives
+from olmax.planning import chips, collectives, program
 from tests.planning.fake_mesh import mesh_of
 
 
@@ -31,6 +31,24 @@ def test_groups_of_an_unknown_form_are_refused():
 
 
 V5P, V6E = chips.CHIPS["v5p"], chips.CHIPS["v6e"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_rows_that_go_to_experts_are_those_a_device_holds_not_the_buffer(there):
+    held, buffer = "bf16[1024,256]{1,0}", "bf16[8192,256]{1,0}"
+    source, target = (held, buffer) if there else (buffer, held)
+    places = ", ".join(f"s32[8]{{0}} %p{i}" for i in range(4))
+    line = (
+        f"  %r = {target} ragged-all-to-all({source} %x, {target} %o, {places}), "
+        "replica_groups={{0,1,2,3,4,5,6,7}}"
+    )
+    text = f"ENTRY %main () -> {target} {{\n{line}\n}}\n"
+    (instruction,) = program.parse(text).computations["main"].instructions
+    operands = sum(program.array_bytes(part) for part in (source, target)) + 4 * 32
+    mesh = mesh_of({"expert": 8}, (2, 2, 2))
+    found = collectives.read(instruction, operands, mesh, V5P)
+    assert found is not None and found.kind == "all-to-all" and found.axes == ("expert",)
+    assert found.bytes == pytest.approx(1024 * 256 * 2, abs=200)
 
 
 def test_all_gather_over_a_whole_torus_uses_every_link():

@@ -5,6 +5,7 @@ with those probabilities as weights, nothing dropped.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,25 +190,29 @@ class MoE(nnx.Module):
     def _d_ff(self) -> int:
         return self.down.shape[-2]
 
-    def _experts(self, x_TD, counts_E, rows_M, gate_up_EDCF, down_EFD, max_readers=None):
+    def _experts(
+        self, x_TD, counts_E, rows_M, gate_up_EDCF, down_EFD, max_readers=None, expected_rows=None
+    ):
         """Outputs of experts whose rows lie one expert after the other: [M, D]. `max_readers`:
-        experts of a token at most, where that is known.
+        experts of a token at most, where that is known; `expected_rows`: where M is a bound only.
         """
-        implementation = self.execution.experts
-        h_MF = grouped_swiglu(
-            *(x_TD, gate_up_EDCF, counts_E),
-            rows_M=rows_M,
-            max_readers=max_readers,
-            implementation=implementation,
+        how: dict[str, Any] = dict(
+            expected_rows=expected_rows, implementation=self.execution.experts
         )
-        return grouped_matmul(h_MF, down_EFD, counts_E, implementation=implementation)
+        h_MF = grouped_swiglu(
+            x_TD, gate_up_EDCF, counts_E, rows_M=rows_M, max_readers=max_readers, **how
+        )
+        return grouped_matmul(h_MF, down_EFD, counts_E, **how)
 
     def _experts_elsewhere(self, x_MD, plan: Exchange, gate_up_EDCF, down_EFD, axes):
         """The same for rows sorted by expert, on the devices that hold the experts, and back."""
         x_RD = exchange(x_MD, plan, axes)
-        # Every received row belongs to one expert.
+        # Every received row belongs to one expert, and with balanced experts a device gets as many
+        # as it sent.
         y_RD = self._experts(
-            *(x_RD, plan.counts_E, plan.by_expert_R, gate_up_EDCF, down_EFD), max_readers=1
+            *(x_RD, plan.counts_E, plan.by_expert_R, gate_up_EDCF, down_EFD),
+            max_readers=1,
+            expected_rows=plan.rows_back,
         )
         return exchange(y_RD[plan.by_sender_R], plan.reversed(), axes)
 

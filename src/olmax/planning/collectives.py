@@ -57,6 +57,10 @@ def read(
     if kind == "all-gather":
         # The result of a start holds the operand too.
         size = result - operand_bytes if instruction.opcode.endswith("-start") else result
+    elif instruction.opcode == "ragged-all-to-all":
+        # One of input and output is what a device holds, the other a buffer for the worst case, as
+        # the output that is an operand too. With balanced experts it sends what it holds.
+        size = min(result, operand_bytes - result)
     else:
         size = operand_bytes
     if kind == "collective-permute":
