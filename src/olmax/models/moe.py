@@ -207,14 +207,11 @@ class MoE(nnx.Module):
     def _experts_elsewhere(self, x_MD, plan: Exchange, gate_up_EDCF, down_EFD, axes):
         """The same for rows sorted by expert, on the devices that hold the experts, and back."""
         x_RD = exchange(x_MD, plan, axes)
-        # Every received row belongs to one expert, and with balanced experts a device gets as many
-        # as it sent.
+        # With balanced experts a device gets as many rows as it sent.
         y_RD = self._experts(
-            *(x_RD, plan.counts_E, plan.by_expert_R, gate_up_EDCF, down_EFD),
-            max_readers=1,
-            expected_rows=plan.rows_back,
+            *(x_RD, plan.counts_E, None, gate_up_EDCF, down_EFD), expected_rows=plan.rows_back
         )
-        return exchange(y_RD[plan.by_sender_R], plan.reversed(), axes)
+        return exchange(y_RD, plan.reversed(), axes)
 
 
 def _sums(counts_E, probability_E, squared_lse, valid_BL):
