@@ -60,8 +60,8 @@ def grouped_matmul(
       rhs: [G, K, N], or [G, N, K] with `transpose_rhs`; any of those dtypes, cast to lhs's for the
         product, which accumulates in float32.
       group_sizes_G: int32 [G]. Their values are only known while the program runs and are not
-        errors: rows past their sum give zeros and get no gradient, groups that reach past M are cut
-        there, and a negative size counts as 0.
+        errors: rows past their sum give zeros and get no gradient, whatever stands in them (NaN
+        too), groups that reach past M are cut there, and a negative size counts as 0.
       rows_M: int32 [M], each in 0 .. T - 1: row m of the product reads lhs[rows_M[m]]. The gradient
         of a row of lhs is the sum over its readers, added up in float32 in a fixed order.
       max_readers: no row of lhs has more readers in all groups than this, where that is known:

@@ -18,6 +18,8 @@ def grouped_matmul(
     """See `kernels_pallas.grouped_matmul.grouped_matmul`."""
     dtype = preferred_element_type or lhs.dtype
     lhs_MK = lhs if rows_M is None else lhs[rows_M]
+    inside_M1 = jnp.arange(lhs_MK.shape[0])[:, None] < jnp.sum(jnp.maximum(group_sizes_G, 0))
+    lhs_MK = jnp.where(inside_M1, lhs_MK, 0)
     rhs_GKN = (jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs).astype(lhs.dtype)
     stop_G = jnp.cumsum(jnp.maximum(group_sizes_G, 0))
     start_G = jnp.concatenate([jnp.zeros_like(stop_G[:1]), stop_G[:-1]])

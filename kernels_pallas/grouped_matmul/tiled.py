@@ -77,7 +77,7 @@ def _product_backward(expected_rows, transpose_rhs, dtype, residuals, d_out_MN):
 
         def tile(start, inside, carry):
             d_lhs, d_rhs_kn = carry
-            lhs_RK = tiles.take(start)
+            lhs_RK = _zero_outside(tiles.take(start), inside)
             d_out_RN = _zero_outside(_cut(d_out_MN, start, tiles.size), inside)
             d_lhs = tiles.add(d_lhs, _matmul(d_out_RN, rhs_NK), start, inside)
             first, second = (d_out_RN, lhs_RK) if transpose_rhs else (lhs_RK, d_out_RN)
@@ -145,7 +145,8 @@ def _swiglu_backward(expected_rows, residuals, d_h_MF):
             d_RP = jnp.concatenate([d_gate_RF, d_up_RF], axis=1).astype(x_TK.dtype)
             d_RP = jax.lax.optimization_barrier(d_RP)
             d_x = tiles.add(d_x, _matmul(d_RP, gate_up_PK), start, inside)
-            return d_x, d_gate_up_KP + _matmul(row_major(tiles.take(start).T), d_RP)
+            x_RK = _zero_outside(tiles.take(start), inside)
+            return d_x, d_gate_up_KP + _matmul(row_major(x_RK.T), d_RP)
 
         d_x, d_gate_up = carry
         d_x, d_gate_up_KP = tiles.each(index, tile, (d_x, jnp.zeros(gate_up_KP.shape, jnp.float32)))

@@ -342,6 +342,33 @@ def test_fewer_rows_than_the_bound_may_be_expected(implementation):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["reference", *OTHERS, "pallas_tpu"])
+def test_nothing_of_the_rows_behind_all_groups_gets_anywhere(implementation):
+    how = dict(implementation=implementation, interpret=implementation == "pallas_tpu")
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(40, 128)), jnp.float32)
+    gate_up = jnp.asarray(rng.normal(size=(2, 128, 2, 128)), jnp.float32) / 12
+    down = jnp.asarray(rng.normal(size=(2, 128, 128)), jnp.float32) / 12
+    sizes = jnp.asarray([9, 12], jnp.int32)
+
+    def run(x, along):
+        def total(x, gate_up, down):
+            h = grouped_swiglu(x, gate_up, sizes, **how)
+            y = grouped_matmul(h, down, sizes, **how)
+            return jnp.sum(y * along), y
+
+        gradient = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
+        (_, y), gradients = gradient(x, gate_up, down)
+        return y, *gradients
+
+    behind = jnp.arange(40)[:, None] >= 21
+    along = jnp.asarray(rng.normal(size=(40, 128)), jnp.float32)
+    expected = run(jnp.where(behind, 0, x), along)
+    got = run(jnp.where(behind, jnp.nan, x), jnp.where(behind, jnp.nan, along))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_tiles_and_the_declared_work_are_those_of_the_expected_rows():
     """256 rows may come, 8,192 could."""
     x, w = jnp.ones((8192, 256), jnp.bfloat16), jnp.ones((2, 256, 128), jnp.bfloat16)

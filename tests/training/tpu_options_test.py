@@ -19,7 +19,7 @@ def mesh(kind):
     ("kind", "few", "many"),
     [
         ("TPU v5 lite", "32768", "49152"),
-        ("TPU v5", "24576", "49152"),
+        ("TPU v5", "49152", "49152"),
         ("TPU v6 lite", "49152", "98304"),
         ("TPU v4", None, None),
     ],

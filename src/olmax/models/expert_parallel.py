@@ -4,11 +4,13 @@ dropped.
 Every device sends the rows of each expert to the device that has it, to the place where they belong
 among the rows that all devices send to that expert, so that nobody reorders anything. How many
 those are is known only when the router has decided, so the places are computed from the exchanged
-counts, and the buffer is as large as the worst case, all rows of all devices (what is empty of it
-is not sent where the platform has a ragged all-to-all, and no expert multiplies it).
+counts, and the buffer is as large as the worst case, all rows of all devices. What is empty of it
+is not cleared (which takes TPUs as long as everything else the experts do), not sent where the
+platform has a ragged all-to-all, and multiplied by no expert.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,11 @@ import jax.numpy as jnp
 from kernels_pallas.xla_cpu import on_cpu
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sizes_PPE", "from_PPE", "to_PPE", "counts_E"],
+    meta_fields=["most", "rows", "rows_back"],
+)
 @dataclasses.dataclass(frozen=True)
 class Exchange:
     """Who sends how many rows to whom, from where, and to which place.
@@ -79,34 +86,50 @@ def _starts(sizes: jax.Array) -> jax.Array:
     return jnp.cumsum(sizes, axis=-1) - sizes
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def exchange(x_MD: jax.Array, plan: Exchange, axes: tuple[str, ...]) -> jax.Array:
     """Sends rows to their places on other devices and returns what arrives here: [rows, D].
 
-    Places where nothing arrives are zero.
+    What arrives stands together at the beginning, and what lies behind it is undefined. The
+    gradient is the exchange backwards, so that of rows that are not sent is undefined too.
     """
     me = jax.lax.axis_index(axes)
-    output = jnp.zeros((plan.rows, x_MD.shape[1]), x_MD.dtype)
+    shape = plan.rows, x_MD.shape[1]
     send_PE, receive_PE = plan.sizes_PPE[me], plan.sizes_PPE[:, me]
     from_PE, there_PE, here_PE = plan.from_PPE[me], plan.to_PPE[me], plan.to_PPE[:, me]
 
-    def ragged(x_MD, output, from_PE, send_PE, there_PE, receive_PE, here_PE):
+    def ragged(x_MD, from_PE, send_PE, there_PE, receive_PE, here_PE):
         del here_PE
         slices = (a.reshape(-1) for a in (from_PE, send_PE, there_PE, receive_PE))
+        output = jax.lax.empty(shape, x_MD.dtype)
         return jax.lax.ragged_all_to_all(x_MD, output, *slices, axis_name=axes)
 
-    def padded(x_MD, output, from_PE, send_PE, there_PE, receive_PE, here_PE):
+    def padded(x_MD, from_PE, send_PE, there_PE, receive_PE, here_PE):
         """For CPUs, whose XLA has no ragged all-to-all: all rows to everyone, then picked out."""
         del there_PE
         rows_PM = _places(from_PE, send_PE, plan.most, outside=x_MD.shape[0])
         sent_PMD = jnp.take(x_MD, rows_PM, axis=0, mode="fill", fill_value=0)
         received_PMD = jax.lax.all_to_all(sent_PMD, axes, 0, 0)
-        places_PM = _places(here_PE, receive_PE, plan.most, outside=output.shape[0])
-        return output.at[places_PM.reshape(-1)].add(
-            received_PMD.reshape(-1, x_MD.shape[1]), mode="drop"
+        places_PM = _places(here_PE, receive_PE, plan.most, outside=plan.rows)
+        return (
+            jnp.zeros(shape, x_MD.dtype)
+            .at[places_PM.reshape(-1)]
+            .set(received_PMD.reshape(-1, shape[1]), mode="drop")
         )
 
-    arguments = (x_MD, output, from_PE, send_PE, there_PE, receive_PE, here_PE)
+    arguments = (x_MD, from_PE, send_PE, there_PE, receive_PE, here_PE)
     return on_cpu(padded, ragged, *arguments)
+
+
+def _exchange_forward(x_MD, plan, axes):
+    return exchange(x_MD, plan, axes), plan
+
+
+def _exchange_backward(axes, plan, d_RD):
+    return exchange(d_RD, plan.reversed(), axes), None
+
+
+exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 def _places(starts_PE: jax.Array, sizes_PE: jax.Array, most: int, outside: int) -> jax.Array:

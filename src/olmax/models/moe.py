@@ -140,7 +140,11 @@ class MoE(nnx.Module):
             # A token is sent to one device as often as it has experts there.
             most = x_TD.shape[0] * min(config.experts_per_token, gate_up_EDCF.shape[0])
             plan = exchange_plan(routing.counts_E, rows=rows_M.shape[0], most=most, axes=axes)
-            y_MD = self._experts_elsewhere(x_TD[rows_M], plan, gate_up_EDCF, down_EFD, axes)
+            # Padding has no expert: its rows stand behind the others and go nowhere.
+            sent_M1 = (jnp.arange(rows_M.shape[0]) < jnp.sum(routing.counts_E))[:, None]
+            x_MD = jnp.where(sent_M1, x_TD[rows_M], 0)
+            y_MD = self._experts_elsewhere(x_MD, plan, gate_up_EDCF, down_EFD, axes)
+            y_MD = jnp.where(sent_M1, y_MD, 0)
         else:
             y_MD = self._experts(
                 *(x_TD, routing.counts_E, rows_M, gate_up_EDCF, down_EFD),

@@ -15,10 +15,10 @@ _WINDOWED_EINSUM = {
 # `device_kind`; first match counts. A core has 128 MiB, v5p 64. The compiler's own limit is much
 # lower, and products then read their operands from HBM again and again. What operations do not get
 # holds whole operands of the next ones, which few tokens fit into and many do not. Where it makes
-# 1% or less of the cycles, the smaller one is here, which compiles sooner (docs/performance.md).
+# less than 1% of the cycles, the smaller one is here, which compiles sooner (docs/performance.md).
 _VMEM_LIMITS = (
     ("TPU v5 lite", 32768, 49152),
-    ("TPU v5", 24576, 49152),
+    ("TPU v5", 49152, 49152),
     ("TPU v6", 49152, 98304),
 )
 _FEW_TOKENS = 8192
