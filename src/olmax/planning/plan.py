@@ -248,8 +248,8 @@ def step_costs(text: str, mesh, topology: Topology) -> list[cost.Cost]:
         ) from error
     except ValueError as error:
         raise UserError(
-            f"the step compiles for this mesh, but its time cannot be read: {error}; experts cut "
-            "over the mesh's expert axis are not priced yet, plan with fsdp and tensor"
+            f"the step compiles for this mesh, but its time cannot be read: {error}; "
+            "try another mesh"
         ) from error
 
 
