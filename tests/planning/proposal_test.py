@@ -40,7 +40,7 @@ def test_candidates_use_every_chip_and_divide_the_model():
 
 def test_experts_may_lie_on_an_axis_of_their_own():
     config, topology = get_preset("olmoe-1b-7b"), Topology.parse("v5e:4x4")
-    found = list(proposal.candidates(config, topology, 64, 4096))
+    found = list(proposal.candidates(config, topology, 16, 1024))
     by_axes = {(c.mesh.data, c.mesh.fsdp, c.mesh.expert): c for c in found if c.mesh.tensor == 1}
     assert {expert for _, _, expert in by_axes} == {1, 2, 4, 8, 16}
     # Each device holds and gathers a quarter of the experts.
@@ -48,6 +48,17 @@ def test_experts_may_lie_on_an_axis_of_their_own():
     assert all(
         math.prod((c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor)) == 16 for c in found
     )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "seconds"),
+    [("fsdp=16", 0.434), ("fsdp=2,expert=8", 0.637), ("data=4,tensor=4", 0.705)],
+)
+def test_estimates_of_experts_are_near_the_compiled_plans(mesh, seconds):
+    config, topology = get_preset("olmoe-1b-7b"), Topology.parse("v5p:2x2x4")
+    found = {proposal.text_of(c.mesh): c for c in proposal.candidates(config, topology, 16, 4096)}
+    assert found[mesh].seconds == pytest.approx(seconds, rel=0.15)
+    assert proposal.text_of(propose("olmoe-1b-7b", "v5p:2x2x4", 16).mesh) == "fsdp=16"
 
 
 def test_a_model_too_big_gets_the_mesh_with_the_least_memory():
