@@ -3,7 +3,8 @@
 `python -m experiments.olmo2.plan_table models` plans 1B, 7B, 13B and 32B on v5e, v5p and v6e with a
 given mesh, each in a process of its own whose time and memory are measured.
 `python -m experiments.olmo2.plan_table meshes --model olmo2-1b --topology v5e:4x4 --batch-size 64`
-compiles every way to cut the chips over data, fsdp and tensor and marks the proposed one.
+compiles every way to cut the chips over data, fsdp and tensor and marks the proposed one; with
+`--quick` none goes on to machine code (`olmax plan --quick`).
 Rows are kept in a file; those that are there are not made again.
 """
 
@@ -88,6 +89,8 @@ class Meshes:
     topology: str = "v5e:4x4"
     batch_size: int = 64
     sequence_length: int = 4096
+    quick: bool = False
+    """Estimate times from FLOPs and bytes, in seconds instead of minutes a mesh."""
     output: pathlib.Path = pathlib.Path("runs/plan_meshes.json")
     """Rows made so far."""
 
@@ -101,12 +104,23 @@ class Meshes:
         question = (config, topology, self.batch_size, self.sequence_length)
         proposed = proposal.text_of(proposal.propose(*question).mesh)
         rows = Rows(self.output)
-        asked = dict(model=self.model, topology=self.topology, batch_size=self.batch_size)
+        asked = dict(
+            model=self.model,
+            topology=self.topology,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            quick=self.quick,
+        )
         for candidate in proposal.candidates(*question):
             mesh = proposal.text_of(candidate.mesh)
             if not rows.has(mesh_text=mesh, **asked):
                 plan = measured(
-                    self.model, self.topology, mesh, self.batch_size, self.sequence_length
+                    self.model,
+                    self.topology,
+                    mesh,
+                    self.batch_size,
+                    self.sequence_length,
+                    quick=self.quick,
                 )
                 rows.add(plan | {"mesh_text": mesh})
         found = [row for row in rows.all if all(row[key] == asked[key] for key in asked)]
@@ -132,7 +146,7 @@ class Meshes:
             for row in found
         ]
         title = f"{self.model} on {self.topology}, {self.batch_size} x {self.sequence_length:,}"
-        return Table(columns, cells, title=title)
+        return Table(columns, cells, title=title + (", quick plans" if self.quick else ""))
 
 
 class Rows:
@@ -156,7 +170,13 @@ class Rows:
 
 
 def measured(
-    model: str, topology: str, mesh: str | None, batch_size: int, sequence_length: int
+    model: str,
+    topology: str,
+    mesh: str | None,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    quick: bool = False,
 ) -> dict:
     """A plan by `olmax plan` in a process of its own, with what the process took.
 
@@ -172,6 +192,7 @@ def measured(
             *("--model", model, "--topology", topology, "--output", str(path)),
             *("--batch-size", str(batch_size), "--sequence-length", str(sequence_length)),
             *("--mesh", mesh or f"fsdp={_chips(topology)}"),
+            *(["--quick"] if quick else []),
         ]
         start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True)

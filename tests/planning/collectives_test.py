@@ -51,6 +51,22 @@ def test_rows_that_go_to_experts_are_those_a_device_holds_not_the_buffer(there):
     assert found.bytes == pytest.approx(1024 * 256 * 2, abs=200)
 
 
+def test_a_start_does_not_count_the_operands_that_its_result_repeats():
+    rows = "bf16[1024,256]{1,0:T(8,128)(2,1)}"
+    buffer = "bf16[8192,256]{1,0:T(8,128)(2,1)}"
+    line = (
+        f"  %r = (({rows}, {buffer}, s32[8]{{0}}), {buffer}, u32[]) "
+        f"ragged-all-to-all-start({rows} %x, {buffer} %o, s32[8]{{0}} %p), "
+        "replica_groups={{0,1,2,3,4,5,6,7}}"
+    )
+    text = f"ENTRY %main () -> {buffer} {{\n{line}\n}}\n"
+    (instruction,) = program.parse(text).computations["main"].instructions
+    operands = 2 * 256 * (1024 + 8192) + 32
+    found = collectives.read(instruction, operands, mesh_of({"expert": 8}, (2, 2, 2)), V5P)
+    assert found is not None
+    assert found.bytes == pytest.approx(1024 * 256 * 2, abs=200)
+
+
 def test_all_gather_over_a_whole_torus_uses_every_link():
     mesh = mesh_of({"fsdp": 64}, (4, 4, 4))
     size = 64 * 10**6

@@ -137,6 +137,55 @@ def test_overlapped_collectives_cost_only_what_computation_does_not_cover():
     assert cost.exposed_seconds(apart) == pytest.approx(1.0)
 
 
+GATHER = (
+    "%gathered = bf16[256,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=9, dimensions={0}, "
+    "replica_groups={{0,1,2,3}}, use_global_device_ids=true, "
+    'backend_config={"async_collective_fusion_config":{"flag_start":"1"}}'
+)
+CHAIN = f"""%start (x: bf16[64,128]) -> (bf16[64,128], bf16[256,128]) {{
+  %x = bf16[64,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  {GATHER}
+  ROOT %s = (bf16[64,128], bf16[256,128]) custom-call(%gathered), \
+custom_call_target="AsyncCollectiveStart"
+}}
+
+%beside (x: bf16[64,128], w: bf16[128,128]) -> (bf16[64,128], bf16[256,128]) {{
+  %x = bf16[64,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %w = bf16[128,128]{{1,0:T(8,128)(2,1)}} parameter(1)
+  {GATHER}
+  %product = bf16[64,128]{{1,0:T(8,128)(2,1)}} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %t = (bf16[64,128], bf16[256,128]) tuple(%product, %gathered)
+}}
+
+%done (x: bf16[64,128]) -> bf16[256,128] {{
+  %x = bf16[64,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  {GATHER}
+  ROOT %d = bf16[256,128] custom-call(%gathered), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: bf16[64,128], w: bf16[128,128]) -> bf16[256,128] {{
+  %x = bf16[64,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %w = bf16[128,128]{{1,0:T(8,128)(2,1)}} parameter(1)
+  %a = (bf16[64,128], bf16[256,128]) fusion(%x), kind=kCustom, calls=%start
+  %b = (bf16[64,128], bf16[256,128]) fusion(%x, %w), kind=kOutput, calls=%beside, \
+backend_config={{"window_config":{{"estimated_cycles":"5000"}}}}
+  ROOT %c = bf16[256,128] fusion(%x), kind=kCustom, calls=%done
+}}
+"""
+
+
+def test_a_gather_that_fusions_carry_on_counts_once_and_beside_them():
+    mesh = mesh_of({"fsdp": 4}, (2, 2, 1))
+    items = cost.costs(CHAIN, mesh, chips.CHIPS["v5e"])
+    (gather,) = [item for item in items if item.collective]
+    assert gather.name == "a" and gather.overlapped
+    assert gather.collective.bytes == 256 * 128 * 2
+    assert [(item.name, item.cycles) for item in items if item.cycles] == [("b", 5000)]
+    assert cost.exposed_seconds(items) == pytest.approx(
+        max(0, gather.collective.seconds - 5000 / 1.5e9)
+    )
+
+
 def test_products_of_experts_are_priced_by_their_shapes():
     """Rows [4096, 128] with 16 matrices [128, 256], and the gradient of the matrices."""
     layout = "operand_layout_constraints={s32[1]{0}, s32[17]{0}, bf16[4096,128]{1,0}, "

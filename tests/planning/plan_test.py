@@ -14,7 +14,8 @@ from olmax.planning.topology import Topology
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed (pip install 'olmax[tpu]')",
 )
-def test_what_the_compiler_refuses_does_not_fit():
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_the_compiler_refuses_does_not_fit(quick):
     # 2.6 billion embedding parameters on four chips of 16 GB.
     config = dataclasses.replace(get_preset("olmo2-tiny"), n_layers=1, vocab_size=10_000_384)
     found = plan(
@@ -23,6 +24,7 @@ def test_what_the_compiler_refuses_does_not_fit():
         batch_size=4,
         sequence_length=128,
         mesh="fsdp=4",
+        quick=quick,
     )
     assert not found.fits
     assert found.per_device_bytes.total > found.hbm_bytes

@@ -94,6 +94,12 @@ def test_the_summary_answers_the_questions(made):
         assert word in text
 
 
+def test_a_quick_plan_says_so(made):
+    text = view.summary_text(dict(made, quick=True))
+    assert "times from FLOPs and bytes" in text and "quick plans are off by 10%" in text
+    assert "quick" not in view.summary_text(made)
+
+
 def test_parts_add_up_to_the_step(made):
     shown = sum(row["seconds"] for row in made["parts"]) + made["exposed_collective_seconds"]
     assert shown == pytest.approx(made["step_seconds"], rel=1e-6)

@@ -27,8 +27,8 @@ def mesh(kind):
 def test_the_limit_goes_by_the_chip_and_the_tokens_of_a_device(kind, few, many):
     with targets.compiling_for("tpu"):
         # Four batch shards times two pieces of a sequence.
-        options = compiler_options(mesh(kind), 8 * 8192)
-        more = compiler_options(mesh(kind), 8 * 8192 + 8)
+        options = compiler_options(mesh(kind), 8 * 4096)
+        more = compiler_options(mesh(kind), 8 * 4096 + 8)
     assert options is not None and more is not None
     assert options.get("xla_tpu_scoped_vmem_limit_kib") == few
     assert more.get("xla_tpu_scoped_vmem_limit_kib") == many

@@ -33,7 +33,7 @@ class Launch:
     name: str = "olmax"
     """Of the job and its cloud resources."""
     plan: str | None = None
-    """plan.json whose verdict counts, instead of planning now."""
+    """plan.json whose verdict counts, instead of a quick plan made now."""
     check: bool = True
     """Check that the training fits (--no-check leaves it out)."""
     bucket: str | None = None
@@ -181,6 +181,8 @@ class Launch:
                     remat=config.execution.remat,
                     accumulation=config.accumulation,
                     tokens=config.total_steps * config.tokens_per_step,
+                    # Memory is what counts here; a whole plan may be given.
+                    quick=True,
                 )
             )
         if not plan["fits"]:

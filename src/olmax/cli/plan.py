@@ -37,6 +37,9 @@ class Plan:
     """US dollars; the on-demand list price when left out."""
     ladder: str | None = None
     """Fit that `olmax ladder fit` wrote: predict task scores, and find the same scores for less."""
+    quick: bool = False
+    """Answer in seconds: the compiler's memory and collectives, times estimated from FLOPs and
+    bytes."""
     output: str | None = None
     """plan.json to write."""
     html: str | None = None
@@ -89,6 +92,7 @@ class Plan:
             tokens=self.tokens,
             price_per_chip_hour=self.price_per_chip_hour,
             keep_program=self.program,
+            quick=self.quick,
         )
         from olmax.planning import view
         from olmax.reporting.files import write_json

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from olmax.planning.plan import Plan
-    from olmax.planning.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +64,12 @@ def measured() -> list[dict]:
     return json.loads(file.read_text())["rows"]
 
 
-def relative_error() -> float | None:
-    """Root mean square of the relative error of the planned MFU over the table; None if empty."""
-    errors = [row["planned_mfu"] / row["published_mfu"] - 1 for row in measured()]
+def relative_error(*, quick: bool = False) -> float | None:
+    """Root mean square of the relative error of the planned MFU over the table, or of that by quick
+    plans; None if there are none.
+    """
+    planned = "quick_mfu" if quick else "planned_mfu"
+    errors = [row[planned] / row["published_mfu"] - 1 for row in measured() if planned in row]
     if not errors:
         return None
     return math.sqrt(sum(error * error for error in errors) / len(errors))
@@ -82,71 +84,88 @@ def measure(path: str, rows: tuple[Row, ...] = PUBLISHED) -> None:
     """
     import pathlib
 
-    from olmax.planning.topology import Topology
     from olmax.reporting.files import environment, write_json
 
     file = pathlib.Path(path)
     found = json.loads(file.read_text())["rows"] if file.exists() else []
-    done = {(row["model"], row["topology"]) for row in found}
+    done = {(row["model"], row["topology"]): row for row in found}
     for row in rows:
-        if (row.model, row.topology) in done:
-            continue
-        topology = Topology.parse(row.topology)
-        batch = row.batch_per_chip
-        made = _quickest(row, topology, batch)
-        while not made.fits and batch > 1:
-            batch //= 2
-            made = _quickest(row, topology, batch)
-        if made.mfu is None:
-            print(f"{row.model} on {row.topology}: {made.verdict}")
-            continue
-        found.append(
-            {
-                "model": row.model,
-                "topology": row.topology,
-                "batch_per_chip": batch,
-                "remat": made.remat,
-                "sequence_length": row.sequence_length,
-                "published_mfu": row.mfu,
-                "planned_mfu": made.mfu,
-                "step_seconds": made.step_seconds,
-                "cycles": made.cycles,
-                "total_bytes": made.per_device_bytes.total,
-                "compile_seconds": made.compile_seconds,
-                "source": row.source,
-            }
+        result = done.get((row.model, row.topology))
+        if result is None:
+            result = _planned(row)
+            if result is None:
+                continue
+            found.append(result)
+        if "quick_mfu" not in result:
+            made = _plan(row, result["batch_per_chip"], result["remat"], quick=True)
+            result |= dict(quick_mfu=made.mfu, quick_seconds=made.plan_seconds)
+        write_json(file, {"versions": environment()["versions"], "rows": found})
+        print(
+            f"{row.model} on {row.topology}: planned {result['planned_mfu']:.1%}, quickly "
+            f"{result['quick_mfu']:.1%}, published {row.mfu:.1%}"
         )
-        versions = environment()["versions"]
-        write_json(file, {"versions": versions, "rows": found})
-        print(f"{row.model} on {row.topology}: planned {made.mfu:.1%}, published {row.mfu:.1%}")
 
 
-def _quickest(row: Row, topology: "Topology", batch: int) -> "Plan":
+def _planned(row: Row) -> dict | None:
+    batch = row.batch_per_chip
+    made = _quickest(row, batch)
+    while not made.fits and batch > 1:
+        batch //= 2
+        made = _quickest(row, batch)
+    if made.mfu is None:
+        print(f"{row.model} on {row.topology}: {made.verdict}")
+        return None
+    return {
+        "model": row.model,
+        "topology": row.topology,
+        "batch_per_chip": batch,
+        "remat": made.remat,
+        "sequence_length": row.sequence_length,
+        "published_mfu": row.mfu,
+        "planned_mfu": made.mfu,
+        "step_seconds": made.step_seconds,
+        "cycles": made.cycles,
+        "total_bytes": made.per_device_bytes.total,
+        "compile_seconds": made.compile_seconds,
+        "source": row.source,
+    }
+
+
+def _quickest(row: Row, batch: int) -> "Plan":
     """The plan with the first policy that fits, else with `full`."""
     from olmax.models.presets import get_preset
-    from olmax.planning.plan import plan
+    from olmax.planning.topology import Topology
 
-    config, chips = get_preset(row.model), topology.num_chips
+    config, topology = get_preset(row.model), Topology.parse(row.topology)
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     # Values of a token that a layer saves at least; a policy that cannot fit is not compiled.
     projections = heads + config.n_heads * config.head_dim + config.d_model
     dots = projections + 2 * config.active_d_ff
-    state = 12 * config.num_params / chips
+    state = 12 * config.num_params / topology.num_chips
     for remat, width in (("dots", dots), ("projections", projections), ("full", 0)):
         saved = 2 * width * config.n_layers * batch * row.sequence_length
         if remat != "full" and state + saved > 0.85 * topology.chip.hbm_bytes:
             continue
-        made = plan(
-            row.model,
-            topology,
-            batch_size=batch * chips,
-            sequence_length=row.sequence_length,
-            mesh=f"fsdp={chips}",
-            remat=remat,
-        )
+        made = _plan(row, batch, remat)
         if made.fits:
             break
     return made
+
+
+def _plan(row: Row, batch: int, remat: str, *, quick: bool = False) -> "Plan":
+    from olmax.planning.plan import plan
+    from olmax.planning.topology import Topology
+
+    topology = Topology.parse(row.topology)
+    return plan(
+        row.model,
+        topology,
+        batch_size=batch * topology.num_chips,
+        sequence_length=row.sequence_length,
+        mesh=f"fsdp={topology.num_chips}",
+        remat=remat,
+        quick=quick,
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ KINDS = {
     "all-reduce-start": "all-reduce",
     "reduce-scatter": "reduce-scatter",
     "all-to-all": "all-to-all",
+    "all-to-all-start": "all-to-all",
     "ragged-all-to-all": "all-to-all",
+    "ragged-all-to-all-start": "all-to-all",
     "collective-permute": "collective-permute",
     "collective-permute-start": "collective-permute",
 }
@@ -54,10 +56,12 @@ def read(
     if kind is None:
         return None
     result = program.array_bytes(instruction.type)
+    if instruction.opcode.endswith("-start"):
+        # The result of a start holds the operands too.
+        result -= operand_bytes
     if kind == "all-gather":
-        # The result of a start holds the operand too.
-        size = result - operand_bytes if instruction.opcode.endswith("-start") else result
-    elif instruction.opcode == "ragged-all-to-all":
+        size = result
+    elif instruction.opcode.startswith("ragged-all-to-all"):
         # One of input and output is what a device holds, the other a buffer for the worst case, as
         # the output that is an operand too. With balanced experts it sends what it holds.
         size = min(result, operand_bytes - result)

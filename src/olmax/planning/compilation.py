@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import pathlib
+import queue
 import re
+import threading
 import time
 from typing import Any
 
@@ -15,10 +18,17 @@ from olmax import sharding
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig, Execution
 from olmax.models.decoder import Decoder
+from olmax.planning import optimised
 from olmax.training.objectives import NextToken
 from olmax.training.optimizers import AdamWConfig
 from olmax.training.schedules import ScheduleConfig
 from olmax.training.step import TrainStep, make_train_step
+
+# What a step's machine code takes at most, of those seen (docs/planning.md); counted where it has
+# not been made.
+_CODE_BYTES = 128 * 2**20
+
+_POLL_SECONDS = 0.1
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -29,6 +39,8 @@ class CompiledStep:
 
     text: str
     """The optimised program; empty when it was refused."""
+    timed: bool
+    """Whether the program has the compiler's estimated cycles, which come with machine code."""
     total_bytes: int
     """Arguments, temporaries and code."""
     temporary_bytes: int
@@ -68,21 +80,57 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
     Raises:
       UserError: the compiler refuses it for another reason than memory.
     """
-    tokens = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32)
-    batch = step.abstract_batch({"tokens": tokens})
     start = time.monotonic()
-    with targets.compiling_for("tpu"):
-        lowered = step.step.trace(step.abstract_state, batch).lower(lowering_platforms=("tpu",))
+    lowered, arguments = _lowered(step, batch_size, seq_len)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        message = str(error)
-        size = _needed(message, device_bytes((step.abstract_state, batch)))
-        if size is None:
-            first = message.strip().splitlines()[0]
-            raise UserError(f"the TPU compiler refuses this step: {first[:300]}") from error
-        reason = message.strip().splitlines()[0]
-        return CompiledStep("", size, 0, time.monotonic() - start, reason)
+        return _refused(error, arguments, start)
+    return _compiled(compiled, start)
+
+
+def optimise_step(
+    step: TrainStep, batch_size: int, seq_len: int, dump: pathlib.Path
+) -> CompiledStep:
+    """As `compile_step`, but returns with the optimised program, while the compiler goes on with
+    machine code in a thread.
+
+    Args:
+      step: what `build` made.
+      batch_size: sequences of one update.
+      seq_len: tokens of a sequence.
+      dump: folder that this process was told to dump programs to (`optimised.flags`).
+
+    Raises:
+      UserError: the compiler refuses it for another reason than memory.
+    """
+    start = time.monotonic()
+    lowered, arguments = _lowered(step, batch_size, seq_len)
+    try:
+        found = _until_optimised(lowered, dump)
+    except jax.errors.JaxRuntimeError as error:
+        return _refused(error, arguments, start)
+    if not isinstance(found, optimised.Optimised):
+        return _compiled(found, start)
+    return CompiledStep(
+        found.text,
+        timed=False,
+        total_bytes=found.total_bytes + _CODE_BYTES,
+        temporary_bytes=found.total_bytes - arguments,
+        compile_seconds=time.monotonic() - start,
+    )
+
+
+def _lowered(step: TrainStep, batch_size: int, seq_len: int) -> tuple[jax.stages.Lowered, int]:
+    """The step's program, and the bytes of its arguments on one device."""
+    tokens = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32)
+    batch = step.abstract_batch({"tokens": tokens})
+    with targets.compiling_for("tpu"):
+        lowered = step.step.trace(step.abstract_state, batch).lower(lowering_platforms=("tpu",))
+    return lowered, device_bytes((step.abstract_state, batch))
+
+
+def _compiled(compiled: Any, start: float) -> CompiledStep:
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -92,8 +140,52 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
         + memory.generated_code_size_in_bytes
     )
     return CompiledStep(
-        compiled.as_text(), total, memory.temp_size_in_bytes, time.monotonic() - start
+        compiled.as_text(),
+        timed=True,
+        total_bytes=total,
+        temporary_bytes=memory.temp_size_in_bytes,
+        compile_seconds=time.monotonic() - start,
     )
+
+
+def _refused(error: Exception, arguments: int, start: float) -> CompiledStep:
+    message = str(error)
+    size = _needed(message, arguments)
+    reason = message.strip().splitlines()[0]
+    if size is None:
+        raise UserError(f"the TPU compiler refuses this step: {reason[:300]}") from error
+    return CompiledStep(
+        "",
+        timed=False,
+        total_bytes=size,
+        temporary_bytes=0,
+        compile_seconds=time.monotonic() - start,
+        refused=reason,
+    )
+
+
+def _until_optimised(lowered: jax.stages.Lowered, dump: pathlib.Path) -> Any:
+    """The optimised program (`optimised.Optimised`), or the compiled one if that is there first."""
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def compile_it() -> None:
+        try:
+            results.put(lowered.compile())
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=compile_it, daemon=True).start()
+    while True:
+        try:
+            result = results.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            found = optimised.read(dump)
+            if found is None:
+                continue
+            return found
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 def _needed(message: str, argument_bytes: int) -> int | None:

@@ -1,16 +1,17 @@
 """Time of one run of a compiled program, added up over its instructions and loops.
 
 Computation: the compiler's `estimated_cycles` of every fusion, at the chip's clock. Where it made
-no estimate: bytes read and written over the HBM bandwidth. Kernels: `kernels`. Collectives: the
-links' time; one that the program waits for counts whole, one that runs beside computation counts as
-far as the computation of the same loop body is too short to cover it.
+no estimate: bytes read and written over the HBM bandwidth, or `roofline` for a program that has
+none yet. Kernels: `kernels`. Collectives: the links' time; one that the program waits for counts
+whole, one that runs beside computation counts as far as the computation of the same loop body is
+too short to cover it.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from olmax.planning import collectives, kernels, program
+from olmax.planning import collectives, kernels, program, roofline
 from olmax.planning.chips import Chip
 
 if TYPE_CHECKING:
@@ -27,30 +28,22 @@ _FREE = frozenset(
         "while",
         "conditional",
         "call",
-        "call-start",
-        "call-done",
         "after-all",
         "partition-id",
         "replica-id",
-        "copy-start",
-        "copy-done",
-        "slice-start",
-        "slice-done",
-        "async-start",
-        "async-update",
-        "async-done",
-        "all-gather-done",
-        "all-reduce-done",
-        "collective-permute-done",
         "add-dependency",
         "opt-barrier",
         "send",
-        "send-done",
         "recv",
-        "recv-done",
         "domain",
     ]
 )
+
+# Of operations that run beside others; the collectives among the starts are told apart before.
+_ASYNCHRONOUS = ("-start", "-update", "-done")
+
+# The compiler estimates no cycles for these, in no program.
+_UNTIMED = ("reshape", "dynamic-update-slice")
 
 # Custom calls that only tell the compiler something.
 _FREE_TARGETS = frozenset(
@@ -92,11 +85,11 @@ class Cost:
     times: int
     """Runs in one step."""
     cycles: int
-    """Of the compiler, one run; 0 where the seconds come from elsewhere."""
+    """Of the compiler or of `roofline`, one run; 0 where the seconds come from elsewhere."""
     seconds: float
     """One run of computation or kernel; 0 for a pure collective."""
     source: str
-    """`compiler`, `bytes`, `kernel` or `collective`."""
+    """`compiler`, `roofline`, `bytes`, `kernel` or `collective`."""
     collective: collectives.Collective | None = None
     overlapped: bool = False
     """Whether a collective runs beside computation."""
@@ -108,35 +101,46 @@ class UnknownKernel(ValueError):
     """The program calls a kernel whose time is not known."""
 
 
-def costs(text: str, mesh: "Mesh", chip: Chip) -> list[Cost]:
+@dataclasses.dataclass(frozen=True)
+class _Pricing:
+    """The program that is priced, and by what."""
+
+    read: program.Program
+    mesh: "Mesh"
+    chip: Chip
+    estimate: bool
+
+
+def costs(text: str, mesh: "Mesh", chip: Chip, *, estimate: bool = False) -> list[Cost]:
     """Every instruction of a compiled program that takes time.
 
     Args:
-      text: `Compiled.as_text()`.
+      text: `Compiled.as_text()`, or the optimised program before machine code.
       mesh: that it was compiled for.
       chip: its devices.
+      estimate: the program has no `estimated_cycles` yet; computation is priced by `roofline`.
 
     Raises:
       UnknownKernel: a Pallas kernel without figures.
       ValueError: a text that is not understood.
     """
     read = program.parse(text)
-    return list(_walk(read, read.computations[read.entry], 1, mesh, chip))
+    pricing = _Pricing(read, mesh, chip, estimate)
+    return list(_walk(pricing, read.computations[read.entry], 1))
 
 
-def _walk(
-    read: program.Program, computation: program.Computation, times: int, mesh, chip
-) -> Iterator[Cost]:
+def _walk(pricing: _Pricing, computation: program.Computation, times: int) -> Iterator[Cost]:
+    read = pricing.read
     for instruction in computation.instructions:
         called = instruction.called
         if instruction.opcode == "while":
             trips = read.trip_count(instruction)
             body = read.computations[called["body"][0]]
-            yield from _walk(read, body, times * trips, mesh, chip)
+            yield from _walk(pricing, body, times * trips)
             continue
         if instruction.opcode == "conditional":
             branches = [
-                list(_walk(read, read.computations[name], times, mesh, chip))
+                list(_walk(pricing, read.computations[name], times))
                 for name in called.get("branch_computations", ())
             ]
             # The dearest branch: a plan should not promise the cheap one.
@@ -144,27 +148,33 @@ def _walk(
             continue
         if instruction.opcode in ("call", "call-start", "async-start"):
             for name in called.get("calls", called.get("to_apply", ())):
-                yield from _walk(read, read.computations[name], times, mesh, chip)
+                yield from _walk(pricing, read.computations[name], times)
             continue
-        operand_bytes = sum(
-            program.array_bytes(computation.by_name[name].type)
-            for name in instruction.operands
-            if name in computation.by_name
-        )
-        cost = _cost(read, instruction, operand_bytes, times, computation.name, mesh, chip)
+        cost = _cost(pricing, computation, instruction, times)
         if cost is not None:
             yield cost
 
 
-def _cost(read, instruction, operand_bytes, times, body, mesh, chip) -> Cost | None:
+def _cost(
+    pricing: _Pricing,
+    computation: program.Computation,
+    instruction: program.Instruction,
+    times: int,
+) -> Cost | None:
+    read, chip = pricing.read, pricing.chip
+    operand_bytes = sum(
+        program.array_bytes(computation.by_name[name].type)
+        for name in instruction.operands
+        if name in computation.by_name
+    )
     fields: dict[str, Any] = dict(
         name=instruction.name,
         part=part_of(read, instruction),
         phase=phase_of(instruction),
         times=times,
-        body=body,
+        body=computation.name,
     )
-    collective = collectives.read(instruction, operand_bytes, mesh, chip)
+    collective = collectives.read(instruction, operand_bytes, pricing.mesh, chip)
     if collective is not None:
         return Cost(
             **fields,
@@ -184,46 +194,44 @@ def _cost(read, instruction, operand_bytes, times, body, mesh, chip) -> Cost | N
                 raise UnknownKernel(instruction.name)
             fields["part"] = kernels.find(instruction).part
             return Cost(**fields, cycles=0, seconds=seconds, source="kernel")
-    if instruction.opcode in _FREE:
+    if instruction.opcode in _FREE or instruction.opcode.endswith(_ASYNCHRONOUS):
         return None
-    inner = _fused_collective(read, instruction, mesh, chip)
+    fused = _fused_collective(pricing, instruction)
+    if fused is not None:
+        fields |= dict(collective=fused.collective, overlapped=fused.beside)
     cycles = instruction.cycles
     if cycles is not None:
-        return Cost(
-            **fields,
-            cycles=cycles,
-            seconds=cycles / chip.clock_hz,
-            source="compiler",
-            collective=inner,
-            overlapped=inner is not None,
-        )
-    moved = operand_bytes + program.array_bytes(instruction.type)
-    if instruction.opcode == "fusion" and inner is None:
-        moved = _touched_bytes(instruction, operand_bytes)
-    return Cost(
-        **fields,
-        cycles=0,
-        seconds=0.0 if inner else moved / chip.hbm_bandwidth,
-        source="collective" if inner else "bytes",
-        collective=inner,
-        overlapped=inner is not None and "async" in instruction.text[:400],
-    )
+        return Cost(**fields, cycles=cycles, seconds=cycles / chip.clock_hz, source="compiler")
+    if fused is not None and not fused.computes:
+        if fused.collective is None:
+            return None
+        return Cost(**fields, cycles=0, seconds=0.0, source="collective")
+    work = roofline.work(read, computation, instruction)
+    if pricing.estimate and instruction.opcode not in _UNTIMED:
+        seconds = roofline.seconds(work, chip)
+        cycles = round(seconds * chip.clock_hz)
+        return Cost(**fields, cycles=cycles, seconds=seconds, source="roofline")
+    return Cost(**fields, cycles=0, seconds=work.hbm_bytes / chip.hbm_bandwidth, source="bytes")
 
 
-def _touched_bytes(instruction: program.Instruction, operand_bytes: int) -> int:
-    # A gather reads as much of its table as it returns, not the table.
-    result = program.array_bytes(instruction.type)
-    if "gather" in instruction.op_name or "gather" in instruction.name:
-        return 2 * result
-    return operand_bytes + result
+@dataclasses.dataclass(frozen=True)
+class _Fused:
+    """What a fusion with a collective inside it stands for."""
+
+    collective: collectives.Collective | None
+    """None where another fusion of the same collective has counted it."""
+    beside: bool
+    """Whether the collective runs beside computation."""
+    computes: bool
+    """Whether the fusion does more than the collective."""
 
 
-def _fused_collective(read, instruction, mesh, chip) -> collectives.Collective | None:
+def _fused_collective(pricing: _Pricing, instruction: program.Instruction) -> _Fused | None:
     """The collective inside a fusion, such as a reduce-scatter or one fused with a product."""
     if instruction.opcode != "fusion":
         return None
     for name in instruction.called.get("calls", ()):
-        inner = read.computations[name]
+        inner = pricing.read.computations[name]
         for step in inner.instructions:
             if step.opcode not in collectives.KINDS:
                 continue
@@ -232,13 +240,22 @@ def _fused_collective(read, instruction, mesh, chip) -> collectives.Collective |
                 for operand in step.operands
                 if operand in inner.by_name
             )
-            found = collectives.read(step, size, mesh, chip)
+            found = collectives.read(step, size, pricing.mesh, pricing.chip)
             if found is None:
                 continue
+            computes = any(
+                other.opcode in ("convolution", "fusion") for other in inner.instructions
+            )
+            if "async_collective_fusion_config" in step.text:
+                # One collective that a chain of fusions carries on: its start, products beside it,
+                # its end. It counts where it starts.
+                starts = inner.root.attribute("custom_call_target") == "AsyncCollectiveStart"
+                return _Fused(found if starts else None, True, computes)
             if found.kind == "all-reduce" and _scatters(inner):
                 # Each device keeps its slice only, so half of an all-reduce is left out.
                 found = dataclasses.replace(found, kind="reduce-scatter", seconds=found.seconds / 2)
-            return found
+            timed = instruction.cycles is not None
+            return _Fused(found, timed or "async" in instruction.text[:400], computes)
     return None
 
 

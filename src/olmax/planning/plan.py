@@ -1,6 +1,7 @@
 """A plan: what a training run needs, read out of its compiled step."""
 
 import dataclasses
+import pathlib
 import time
 from typing import Any
 
@@ -91,6 +92,8 @@ class Plan:
     price: float | None
     compile_seconds: float
     plan_seconds: float
+    quick: bool = False
+    """Whether the times are estimated from FLOPs and bytes, not by the compiler."""
 
 
 def plan(
@@ -105,6 +108,7 @@ def plan(
     tokens: float = DEFAULT_TOKENS,
     price_per_chip_hour: float | None = None,
     keep_program: str | None = None,
+    quick: bool = False,
 ) -> Plan:
     """Compiles one training step for `topology` and reads the plan out of it.
 
@@ -119,10 +123,48 @@ def plan(
       tokens: length of the run.
       price_per_chip_hour: US dollars; the list price when None.
       keep_program: file to write the compiled program's text to.
+      quick: stop the compiler before machine code. Memory and collectives are its own; the time of
+        an operation is estimated from its FLOPs and bytes.
 
     Raises:
       UserError: the input does not fit together, or libtpu is missing.
     """
+    request: dict[str, Any] = dict(
+        model=model,
+        topology=topology,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        mesh=mesh,
+        remat=remat,
+        accumulation=accumulation,
+        tokens=tokens,
+        price_per_chip_hour=price_per_chip_hour,
+        keep_program=keep_program,
+    )
+    if not quick:
+        return compiled_plan(**request)
+    from olmax.planning import quick as in_a_process
+
+    start = time.monotonic()
+    made = in_a_process.plan(request)
+    return dataclasses.replace(made, plan_seconds=time.monotonic() - start)
+
+
+def compiled_plan(
+    model: str | DecoderConfig,
+    topology: Topology,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    mesh: str | None,
+    remat: str,
+    accumulation: int,
+    tokens: float,
+    price_per_chip_hour: float | None,
+    keep_program: str | None,
+    dump: pathlib.Path | None = None,
+) -> Plan:
+    """`plan` in this process; a quick one with `dump`, as in `compilation.optimise_step`."""
     start = time.monotonic()
     name = model if isinstance(model, str) else "custom"
     config = get_preset(model) if isinstance(model, str) else model
@@ -156,7 +198,10 @@ def plan(
         step = compilation.build(
             config, execution, on, tokens_per_step=tokens_per_step, accumulation=accumulation
         )
-    compiled = compilation.compile_step(step, batch_size, sequence_length)
+    if dump is None:
+        compiled = compilation.compile_step(step, batch_size, sequence_length)
+    else:
+        compiled = compilation.optimise_step(step, batch_size, sequence_length, dump)
     if keep_program and compiled.text:
         from olmax.reporting.files import write_text
 
@@ -194,7 +239,7 @@ def plan(
     fields |= dict(collectives=(), parts=())
     hourly = chip.price_per_chip_hour if price_per_chip_hour is None else price_per_chip_hour
     if compiled.text:
-        items = step_costs(compiled.text, on, topology)
+        items = step_costs(compiled.text, on, topology, estimate=not compiled.timed)
         seconds = cost.total_seconds(items)
         flops = config.matmul_flops_per_token(sequence_length) * tokens_per_step
         days = tokens / tokens_per_step * seconds / 86400
@@ -228,19 +273,20 @@ def plan(
         hbm_bytes=chip.hbm_bytes,
         fits=fits,
         verdict=verdict,
-        mfu_error=calibration.relative_error(),
+        mfu_error=calibration.relative_error(quick=dump is not None),
         tokens=tokens,
         price_per_chip_hour=hourly,
         compile_seconds=compiled.compile_seconds,
         plan_seconds=time.monotonic() - start,
+        quick=dump is not None,
         **fields,
     )
 
 
-def step_costs(text: str, mesh, topology: Topology) -> list[cost.Cost]:
+def step_costs(text: str, mesh, topology: Topology, *, estimate: bool = False) -> list[cost.Cost]:
     """`cost.costs`, with what cannot be priced as a user's error."""
     try:
-        return cost.costs(text, mesh, topology.chip)
+        return cost.costs(text, mesh, topology.chip, estimate=estimate)
     except cost.UnknownKernel as error:
         raise UserError(
             f"the plan has no time for the kernel {error}; its figures belong in "

@@ -23,7 +23,8 @@ def _title(plan: dict[str, Any]) -> str:
 def _error(plan: dict[str, Any]) -> str:
     if plan["mfu_error"] is None:
         return "how far plans are off is not known: none is calibrated"
-    return f"plans are off by {plan['mfu_error']:.0%} of the value over published runs"
+    plans = "quick plans" if plan.get("quick") else "plans"
+    return f"{plans} are off by {plan['mfu_error']:.0%} of the value over published runs"
 
 
 def duration(days: float | None) -> str:
@@ -63,6 +64,14 @@ def summary(plan: dict[str, Any]) -> Table:
         ],
         ["verdict", plan["verdict"]],
     ]
+    if plan.get("quick"):
+        rows.append(
+            [
+                "quick",
+                "memory and collectives as compiled; times from FLOPs and bytes; machine code not "
+                "made, so whether it can be is not known",
+            ]
+        )
     if plan["step_seconds"] is not None:
         rows += [
             [

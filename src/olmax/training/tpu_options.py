@@ -21,7 +21,7 @@ _VMEM_LIMITS = (
     ("TPU v5", 49152, 49152),
     ("TPU v6", 49152, 98304),
 )
-_FEW_TOKENS = 8192
+_FEW_TOKENS = 4096
 
 
 def compiler_options(mesh: Mesh | None, tokens: int) -> dict[str, str] | None:
