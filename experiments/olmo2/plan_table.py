@@ -3,8 +3,8 @@
 `python -m experiments.olmo2.plan_table models` plans 1B, 7B, 13B and 32B on v5e, v5p and v6e with a
 given mesh, each in a process of its own whose time and memory are measured.
 `python -m experiments.olmo2.plan_table meshes --model olmo2-1b --topology v5e:4x4 --batch-size 64`
-compiles every way to cut the chips over data, fsdp and tensor and marks the proposed one; with
-`--quick` none goes on to machine code (`olmax plan --quick`).
+compiles every way to cut the chips over data, fsdp and tensor and marks the proposed one.
+With `--quick` no compilation goes on to machine code (`olmax plan --quick`).
 Rows are kept in a file; those that are there are not made again.
 """
 
@@ -40,15 +40,17 @@ class Models:
     """Rows made so far."""
     models: tuple[str, ...] = MODELS
     topologies: tuple[str, ...] = TOPOLOGIES
+    quick: bool = False
+    """Estimate times from FLOPs and bytes, in seconds instead of minutes a plan."""
 
     def run(self) -> Table:
         """Makes the missing rows."""
         rows = Rows(self.output)
         for model in self.models:
             for topology in self.topologies:
-                if not rows.has(model=model, topology=topology):
-                    plan = measured(model, topology, None, _chips(topology), 4096)
-                    rows.add(plan)
+                if not rows.has(model=model, topology=topology, quick=self.quick):
+                    batch = _chips(topology)
+                    rows.add(measured(model, topology, None, batch, 4096, quick=self.quick))
         columns = [
             "model",
             Column("topology", align="left"),
@@ -77,8 +79,10 @@ class Models:
                 row["host_bytes"] / GIB,
             ]
             for row in rows.all
+            if row["quick"] == self.quick
         ]
-        return Table(columns, cells, title="One sequence of 4,096 a chip, full remat, fsdp")
+        title = "One sequence of 4,096 a chip, full remat, fsdp" + _of(quick=self.quick)
+        return Table(columns, cells, title=title)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,7 @@ class Meshes:
             for row in found
         ]
         title = f"{self.model} on {self.topology}, {self.batch_size} x {self.sequence_length:,}"
-        return Table(columns, cells, title=title + (", quick plans" if self.quick else ""))
+        return Table(columns, cells, title=title + _of(quick=self.quick))
 
 
 class Rows:
@@ -208,6 +212,10 @@ def measured(
             "host_bytes": after.ru_maxrss * 1024,
         }
         return json.loads(path.read_text()) | taken
+
+
+def _of(*, quick: bool) -> str:
+    return ", quick plans" if quick else ""
 
 
 def _chips(topology: str) -> int:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from olmax.errors import UserError
@@ -53,14 +54,18 @@ def _main(folder: str) -> None:
     # What libraries print must not mix with the answer.
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     request = pickle.load(sys.stdin.buffer)
+    status = 0
     try:
         answer: Any = compiled_plan(**request, dump=pathlib.Path(folder))
     except UserError as error:
         answer = str(error)
+    except Exception:
+        traceback.print_exc()
+        answer, status = None, 1
     answers.write(pickle.dumps(answer))
     answers.flush()
     # The thread that compiles would hold an ordinary exit up for minutes.
-    os._exit(0)
+    os._exit(status)
 
 
 if __name__ == "__main__":
