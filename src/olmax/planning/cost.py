@@ -254,8 +254,8 @@ def _fused_collective(pricing: _Pricing, instruction: program.Instruction) -> _F
             if found.kind == "all-reduce" and _scatters(inner):
                 # Each device keeps its slice only, so half of an all-reduce is left out.
                 found = dataclasses.replace(found, kind="reduce-scatter", seconds=found.seconds / 2)
-            timed = instruction.cycles is not None
-            return _Fused(found, timed or "async" in instruction.text[:400], computes)
+            beside = computes or instruction.cycles is not None or "async" in instruction.text[:400]
+            return _Fused(found, beside, computes)
     return None
 
 
