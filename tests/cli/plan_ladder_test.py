@@ -24,8 +24,8 @@ def ladder(data_dir, tmp_path):
 
 
 def test_scores_are_printed_and_stored(ladder, tmp_path, monkeypatch, capsys):
-    plan = {"tokens": 3.9e12, "price": 1e6, "step_seconds": 1.0}
-    monkeypatch.setattr(verb, "make", lambda *args, **kwargs: dict(plan))
+    plan = {"tokens": 3.9e12, "price": 1e6, "step_seconds": 1.0, "quick": False}
+    monkeypatch.setattr(verb, "make", lambda *args, **kwargs: (dict(each) for each in [plan]))
     monkeypatch.setattr(view, "summary_text", lambda plan: "summary")
     output = tmp_path / "plan.json"
     verb.Plan(**OPTIONS, ladder=ladder, output=str(output)).run()

@@ -1,6 +1,8 @@
 """`olmax plan`: what a training run on TPUs needs, without the TPUs."""
 
+import contextlib
 import dataclasses
+from collections.abc import Generator
 from typing import Literal
 
 
@@ -9,7 +11,9 @@ class Plan:
     """Memory, step time, MFU, days and price of training a model on TPU slices.
 
     The real train step is compiled for the slice on this machine's CPU (package libtpu, extra
-    `tpu`) and the answers are read out of the compiled program.
+    `tpu`) and the answers are read out of the compiled program. A quick plan is there in seconds,
+    with estimated times; the whole one, with the compiler's own, takes minutes. Interrupted in
+    between, the quick one is what is written.
 
     Examples: olmax plan --model olmo2-7b --topology v5p:4x4x4 --batch-size 64 --output plan.json
     ; olmax plan --compare a.json b.json
@@ -38,8 +42,8 @@ class Plan:
     ladder: str | None = None
     """Fit that `olmax ladder fit` wrote: predict task scores, and find the same scores for less."""
     quick: bool = False
-    """Answer in seconds: the compiler's memory and collectives, times estimated from FLOPs and
-    bytes."""
+    """Be content with the quick plan: the compiler's memory and collectives, times estimated from
+    FLOPs and bytes."""
     output: str | None = None
     """plan.json to write."""
     html: str | None = None
@@ -79,7 +83,7 @@ class Plan:
             from olmax.scaling.saved import load as load_ladder
 
             saved = load_ladder(self.ladder)
-        plan = make(
+        plans = make(
             self.model,
             self.topology,
             slices=self.slices,
@@ -92,8 +96,8 @@ class Plan:
             tokens=self.tokens,
             price_per_chip_hour=self.price_per_chip_hour,
             keep_program=self.program,
-            quick=self.quick,
         )
+        plan, interrupted = _last(plans, quick=self.quick)
         from olmax.planning import view
         from olmax.reporting.files import write_json
 
@@ -111,18 +115,44 @@ class Plan:
             write_json(self.output, plan)
         if self.html:
             view.report(plan).write(self.html)
+        if interrupted:
+            raise KeyboardInterrupt
 
 
-def make(model: str, topology: str, *, slices: int = 1, outputs=(), **settings) -> dict:
-    """A plan as plain JSON types (see `olmax.planning.plan.plan`); checks `outputs` first.
+def _last(plans: Generator[dict], *, quick: bool) -> tuple[dict, bool]:
+    """The last of the plans that come, or the first; and whether one was not waited for."""
+    from rich.console import Console
+
+    from olmax.planning import view
+
+    progress = Console(stderr=True, soft_wrap=True)
+    with contextlib.closing(plans), progress.status("compiling") as status:
+        plan = next(plans)
+        if quick or not plan["quick"]:
+            return plan, False
+        progress.print(view.summary_text(plan), highlight=False, markup=False)
+        progress.print("now machine code, for the compiler's own times; ctrl-c keeps this plan")
+        status.update("compiling machine code")
+        try:
+            return next(plans), False
+        except KeyboardInterrupt:
+            return plan, True
+
+
+def make(model: str, topology: str, *, slices: int = 1, outputs=(), **settings) -> Generator[dict]:
+    """Plans as plain JSON types, quick and whole (see `olmax.planning.staged.stages`); checks
+    `outputs` first.
+
+    Args:
+      model: name of an architecture.
+      topology: chip and shape of a slice.
+      slices: of this topology.
+      outputs: files that will be written.
+      **settings: further arguments of `olmax.planning.plan.prepare`.
 
     Raises:
       UserError: bad input, or libtpu is missing.
     """
-    import os
-
-    # Nothing runs on a device here; a GPU or TPU of this machine stays free.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from olmax.cli.output import check_output
     from olmax.planning.topology import Topology
 
@@ -134,7 +164,9 @@ def make(model: str, topology: str, *, slices: int = 1, outputs=(), **settings) 
 
     get_preset(model)
 
-    from olmax.planning.plan import plan
+    from olmax.planning.staged import stages
     from olmax.reporting.files import jsonable
 
-    return jsonable(plan(model, where, **settings))
+    request = dict(model=model, topology=where, **settings)
+    with contextlib.closing(stages(request)) as plans:
+        yield from map(jsonable, plans)

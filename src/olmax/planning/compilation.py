@@ -1,9 +1,10 @@
 """Compiling the real train step for devices that are not here."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import pathlib
-import queue
 import re
 import threading
 import time
@@ -89,36 +90,62 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
     return _compiled(compiled, start)
 
 
-def optimise_step(
-    step: TrainStep, batch_size: int, seq_len: int, dump: pathlib.Path
-) -> CompiledStep:
-    """As `compile_step`, but returns with the optimised program, while the compiler goes on with
-    machine code in a thread.
+class Compilation:
+    """A step that is compiled in a thread; ends with the process, not before."""
 
-    Args:
-      step: what `build` made.
-      batch_size: sequences of one update.
-      seq_len: tokens of a sequence.
-      dump: folder that this process was told to dump programs to (`optimised.flags`).
+    def __init__(self, step: TrainStep, batch_size: int, seq_len: int, dump: pathlib.Path):
+        """Starts it.
 
-    Raises:
-      UserError: the compiler refuses it for another reason than memory.
-    """
-    start = time.monotonic()
-    lowered, arguments = _lowered(step, batch_size, seq_len)
-    try:
-        found = _until_optimised(lowered, dump)
-    except jax.errors.JaxRuntimeError as error:
-        return _refused(error, arguments, start)
-    if not isinstance(found, optimised.Optimised):
-        return _compiled(found, start)
-    return CompiledStep(
-        found.text,
-        timed=False,
-        total_bytes=found.total_bytes + _CODE_BYTES,
-        temporary_bytes=found.total_bytes - arguments,
-        compile_seconds=time.monotonic() - start,
-    )
+        Args:
+          step: what `build` made.
+          batch_size: sequences of one update.
+          seq_len: tokens of a sequence.
+          dump: folder that this process was told to dump programs to (`optimised.flags`).
+        """
+        self._start = time.monotonic()
+        self._dump = dump
+        lowered, self._arguments = _lowered(step, batch_size, seq_len)
+        self._compiled: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def compile_it() -> None:
+            try:
+                self._compiled.set_result(lowered.compile())
+            except Exception as error:
+                self._compiled.set_exception(error)
+
+        threading.Thread(target=compile_it, daemon=True).start()
+
+    def optimised(self) -> CompiledStep:
+        """Waits for the program without machine code; or for the end, if that comes first.
+
+        Raises:
+          UserError: the compiler refuses it for another reason than memory.
+        """
+        while True:
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                self._compiled.exception(timeout=_POLL_SECONDS)
+                return self.finished()
+            found = optimised.read(self._dump)
+            if found is not None:
+                return CompiledStep(
+                    found.text,
+                    timed=False,
+                    total_bytes=found.total_bytes + _CODE_BYTES,
+                    temporary_bytes=found.total_bytes - self._arguments,
+                    compile_seconds=time.monotonic() - self._start,
+                )
+
+    def finished(self) -> CompiledStep:
+        """Waits for the end.
+
+        Raises:
+          UserError: the compiler refuses it for another reason than memory.
+        """
+        try:
+            compiled = self._compiled.result()
+        except jax.errors.JaxRuntimeError as error:
+            return _refused(error, self._arguments, self._start)
+        return _compiled(compiled, self._start)
 
 
 def _lowered(step: TrainStep, batch_size: int, seq_len: int) -> tuple[jax.stages.Lowered, int]:
@@ -162,30 +189,6 @@ def _refused(error: Exception, arguments: int, start: float) -> CompiledStep:
         compile_seconds=time.monotonic() - start,
         refused=reason,
     )
-
-
-def _until_optimised(lowered: jax.stages.Lowered, dump: pathlib.Path) -> Any:
-    """The optimised program (`optimised.Optimised`), or the compiled one if that is there first."""
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def compile_it() -> None:
-        try:
-            results.put(lowered.compile())
-        except Exception as error:
-            results.put(error)
-
-    threading.Thread(target=compile_it, daemon=True).start()
-    while True:
-        try:
-            result = results.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            found = optimised.read(dump)
-            if found is None:
-                continue
-            return found
-        if isinstance(result, Exception):
-            raise result
-        return result
 
 
 def _needed(message: str, argument_bytes: int) -> int | None:

@@ -1,17 +1,20 @@
 """A plan: what a training run needs, read out of its compiled step."""
 
+import contextlib
 import dataclasses
-import pathlib
 import time
 from typing import Any
+
+from jax.sharding import Mesh
 
 from kernels_pallas import targets
 from olmax import sharding
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig, Execution
 from olmax.models.presets import get_preset
-from olmax.planning import advice, calibration, compilation, cost, memory, proposal
+from olmax.planning import advice, calibration, compilation, cost, memory, proposal, staged
 from olmax.planning.topology import Topology
+from olmax.training.step import TrainStep
 
 DEFAULT_TOKENS = 1e12
 
@@ -141,16 +144,35 @@ def plan(
         price_per_chip_hour=price_per_chip_hour,
         keep_program=keep_program,
     )
-    if not quick:
-        return compiled_plan(**request)
-    from olmax.planning import quick as in_a_process
+    if quick:
+        with contextlib.closing(staged.stages(request)) as stages:
+            return next(stages)
+    prepared = prepare(**request)
+    compiled = compilation.compile_step(prepared.step, batch_size, sequence_length)
+    return answer(prepared, compiled)
 
-    start = time.monotonic()
-    made = in_a_process.plan(request)
-    return dataclasses.replace(made, plan_seconds=time.monotonic() - start)
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is planned, before it is compiled."""
+
+    start: float
+    name: str
+    config: DecoderConfig
+    topology: Topology
+    mesh: Mesh
+    mesh_reason: str
+    step: TrainStep
+    batch_size: int
+    sequence_length: int
+    accumulation: int
+    remat: str
+    tokens: float
+    price_per_chip_hour: float
+    keep_program: str | None
 
 
-def compiled_plan(
+def prepare(
     model: str | DecoderConfig,
     topology: Topology,
     *,
@@ -162,9 +184,12 @@ def compiled_plan(
     tokens: float,
     price_per_chip_hour: float | None,
     keep_program: str | None,
-    dump: pathlib.Path | None = None,
-) -> Plan:
-    """`plan` in this process; a quick one with `dump`, as in `compilation.optimise_step`."""
+) -> Prepared:
+    """Checks what `plan` is asked, proposes a mesh if none is given, and builds the step.
+
+    Raises:
+      UserError: the input does not fit together, or libtpu is missing.
+    """
     start = time.monotonic()
     name = model if isinstance(model, str) else "custom"
     config = get_preset(model) if isinstance(model, str) else model
@@ -198,14 +223,39 @@ def compiled_plan(
         step = compilation.build(
             config, execution, on, tokens_per_step=tokens_per_step, accumulation=accumulation
         )
-    if dump is None:
-        compiled = compilation.compile_step(step, batch_size, sequence_length)
-    else:
-        compiled = compilation.optimise_step(step, batch_size, sequence_length, dump)
-    if keep_program and compiled.text:
+    hourly = chip.price_per_chip_hour if price_per_chip_hour is None else price_per_chip_hour
+    return Prepared(
+        start=start,
+        name=name,
+        config=config,
+        topology=topology,
+        mesh=on,
+        mesh_reason=reason,
+        step=step,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        accumulation=accumulation,
+        remat=remat,
+        tokens=tokens,
+        price_per_chip_hour=hourly,
+        keep_program=keep_program,
+    )
+
+
+def answer(prepared: Prepared, compiled: compilation.CompiledStep) -> Plan:
+    """The plan of a step, whole or quick by what the compiler gave.
+
+    Raises:
+      UserError: the program holds something that has no price.
+    """
+    config, topology, on = prepared.config, prepared.topology, prepared.mesh
+    chip, step, batch_size = topology.chip, prepared.step, prepared.batch_size
+    tokens_per_step = batch_size * prepared.sequence_length
+    quick = bool(compiled.text) and not compiled.timed
+    if prepared.keep_program and compiled.text:
         from olmax.reporting.files import write_text
 
-        write_text(keep_program, compiled.text)
+        write_text(prepared.keep_program, compiled.text)
 
     parameters = compilation.device_bytes(step.abstract_state.params)
     optimizer = compilation.device_bytes(step.abstract_state.opt_state)
@@ -220,8 +270,8 @@ def compiled_plan(
         parameters + optimizer,
         fits=fits,
         topology=topology,
-        accumulation=accumulation,
-        batch_per_shard=batch_size // sharding.batch_shards(on) // accumulation,
+        accumulation=prepared.accumulation,
+        batch_per_shard=batch_size // sharding.batch_shards(on) // prepared.accumulation,
     )
     fields: dict[str, Any] = dict.fromkeys(
         [
@@ -237,48 +287,47 @@ def compiled_plan(
         ]
     )
     fields |= dict(collectives=(), parts=())
-    hourly = chip.price_per_chip_hour if price_per_chip_hour is None else price_per_chip_hour
     if compiled.text:
-        items = step_costs(compiled.text, on, topology, estimate=not compiled.timed)
+        items = step_costs(compiled.text, on, topology, estimate=quick)
         seconds = cost.total_seconds(items)
-        flops = config.matmul_flops_per_token(sequence_length) * tokens_per_step
-        days = tokens / tokens_per_step * seconds / 86400
+        flops = config.matmul_flops_per_token(prepared.sequence_length) * tokens_per_step
+        days = prepared.tokens / tokens_per_step * seconds / 86400
         fields |= dict(
             step_seconds=seconds,
             compute_seconds=sum(c.times * c.seconds for c in items if c.source != "kernel"),
             kernel_seconds=sum(c.times * c.seconds for c in items if c.source == "kernel"),
             exposed_collective_seconds=cost.exposed_seconds(items),
             cycles=sum(c.times * c.cycles for c in items),
-            mfu=flops / seconds / (len(devices) * chip.peak_flops),
+            mfu=flops / seconds / (on.size * chip.peak_flops),
             tokens_per_second_per_chip=tokens_per_step / seconds / topology.num_chips,
             collectives=collective_totals(items),
-            parts=part_totals(items, config, tokens_per_step / len(devices), chip.peak_flops),
+            parts=part_totals(items, config, tokens_per_step / on.size, chip.peak_flops),
             days=days,
-            price=days * 24 * topology.num_chips * hourly,
+            price=days * 24 * topology.num_chips * prepared.price_per_chip_hour,
         )
     return Plan(
-        model=name,
+        model=prepared.name,
         parameters=config.num_params,
         topology=topology.name,
         slices=topology.slices,
-        devices=len(devices),
+        devices=on.size,
         chips=topology.num_chips,
         mesh={axis: size for axis, size in on.shape.items() if size > 1},
-        mesh_reason=reason,
+        mesh_reason=prepared.mesh_reason,
         batch_size=batch_size,
-        sequence_length=sequence_length,
-        accumulation=accumulation,
-        remat=remat,
+        sequence_length=prepared.sequence_length,
+        accumulation=prepared.accumulation,
+        remat=prepared.remat,
         per_device_bytes=per_device,
         hbm_bytes=chip.hbm_bytes,
         fits=fits,
         verdict=verdict,
-        mfu_error=calibration.relative_error(quick=dump is not None),
-        tokens=tokens,
-        price_per_chip_hour=hourly,
+        mfu_error=calibration.relative_error(quick=quick),
+        tokens=prepared.tokens,
+        price_per_chip_hour=prepared.price_per_chip_hour,
         compile_seconds=compiled.compile_seconds,
-        plan_seconds=time.monotonic() - start,
-        quick=dump is not None,
+        plan_seconds=time.monotonic() - prepared.start,
+        quick=quick,
         **fields,
     )
 
