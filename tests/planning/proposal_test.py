@@ -64,9 +64,20 @@ def test_estimates_are_near_the_plans_and_in_their_order(model, batch, planned):
     found = {proposal.text_of(candidate.mesh): candidate.seconds for candidate in candidates}
     *near, far = planned
     assert [found[mesh] for mesh in near] == pytest.approx([planned[m] for m in near], rel=0.16)
-    assert found[far] == pytest.approx(planned[far], rel=0.25)
+    assert found[far] == pytest.approx(planned[far], rel=0.3)
     assert min(planned, key=planned.get) == min(planned, key=found.get) == "fsdp=16"
     assert proposal.text_of(propose(model, "v5p:2x2x4", batch).mesh) == "fsdp=16"
+
+
+def test_pieces_of_weights_fill_registers():
+    # 5,120 columns over 256 devices are 20 each.
+    for model, topology, batch in (
+        ("olmo2-13b", "v6e:16x16", 256),
+        ("olmo2-32b", "v5p:8x8x8", 512),
+    ):
+        mesh = propose(model, topology, batch).mesh
+        assert 5120 // mesh.fsdp % 8 == 0
+    assert propose("olmo2-7b", "v6e:16x16", 256).mesh.fsdp == 256
 
 
 def test_a_model_too_big_gets_the_mesh_with_the_least_memory():

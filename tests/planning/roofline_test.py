@@ -107,6 +107,30 @@ def test_arrays_on_the_chip_are_told_apart():
     assert roofline.work(read, computation, instruction) == roofline.Work(0, 4096, 4096)
 
 
+@pytest.mark.parametrize(
+    ("source", "slow"),
+    [
+        # Gathered from pieces of 20 columns, and of 16; another order of rows alone.
+        ("{0,1:T(2,128)(2,1)}", True),
+        ("{0,1:T(8,128)(2,1)}", False),
+        ("{1,0:T(2,128)(2,1)}", False),
+    ],
+)
+def test_copies_out_of_tiles_of_few_rows_that_transpose_are_slow(source, slow):
+    read, computation, instruction = _instruction(
+        [
+            f"%x = bf16[27648,5120]{source} parameter(0)",
+            "ROOT %c = bf16[27648,5120]{1,0:T(8,128)(2,1)} copy(%x)",
+        ],
+        "c",
+    )
+    v6e = chips.CHIPS["v6e"]
+    cycles = roofline.seconds(roofline.work(read, computation, instruction), v6e) * v6e.clock_hz
+    assert (cycles > 10 * 10**6) == slow
+    # The compiler says 12,873,600.
+    assert not slow or cycles == pytest.approx(12_873_600, rel=0.01)
+
+
 def test_an_operation_takes_the_longest_of_products_memory_and_its_least():
     rates = roofline.RATES["v5p"]
     flops = roofline.seconds(roofline.Work(10**12, 10**6, 0), V5P)

@@ -9,20 +9,26 @@ from collections.abc import Iterator
 
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig
+from olmax.planning.roofline import RETILED_BYTES_PER_CYCLE
 from olmax.planning.topology import Topology
 from olmax.sharding import MeshConfig
 
 # Share of the peak that matrix products reach, for the balance of computation and links.
 _ATTAINABLE = 0.7
 
-# What each halving of a product's width under tensor parallelism costs on top.
-_NARROWER = 0.03
+# What every further piece of a product's width under tensor parallelism costs on top.
+_NARROWER = 0.08
 
 # Bytes a device moves in a step for every parameter it holds (casts, gradients, the optimiser), and
 # the share of the HBM bandwidth that it does so with. After OLMo 2 1B planned for v5p:2x2x4,
 # 64 x 4,096: fsdp=16 0.55 s, data=4,fsdp=4 0.59 s, data=16 0.62 s.
 _STATE_BYTES = 75
 _MEMORY_SHARE = 0.35
+
+# Rows of a register: pieces of weights with a number of columns that these do not divide are
+# gathered in tiles of fewer rows, from which one matrix a layer is copied, slowly, before its
+# products in the forward pass and its recomputation. After OLMo 2 32B on v6e:16x16, fsdp=256.
+_REGISTER_ROWS = 8
 
 # How often a layer's rows (one for every expert of a token), and its buffers for rows from other
 # devices, are read and written in a step, and how many such buffers there are at once. After
@@ -149,15 +155,20 @@ def _estimate(
     params = config.num_params - in_experts + in_experts / mesh.expert
     held = params / (mesh.fsdp * mesh.tensor)
 
-    def bandwidth(axis: int) -> float:
-        # An axis has as much of the torus' links as its share of the dimensions.
-        share = math.log(axis) / math.log(chips) if axis > 1 else 1.0
-        return 2 * chip.link_bandwidth * chip.dimensions * max(share, 1 / chip.dimensions)
+    def bandwidth(axis: int, *, whole: bool = True) -> float:
+        # An axis has the links of the dimensions of the torus that it needs, or its share of them.
+        dimensions = chip.dimensions * math.log(axis) / math.log(chips)
+        spanned = math.ceil(dimensions - 1e-9) if whole else max(dimensions, 1)
+        return 2 * chip.link_bandwidth * spanned
 
     flops = config.matmul_flops_per_token(sequence_length) * 4 / 3
     compute = flops * tokens / mesh.tensor / chip.peak_flops / _ATTAINABLE
-    compute *= 1 + _NARROWER * math.log2(mesh.tensor)
+    compute *= 1 + _NARROWER * (mesh.tensor - 1)
     compute += _STATE_BYTES * held / chip.hbm_bandwidth / _MEMORY_SHARE
+    if mesh.fsdp > 1 and config.d_model // mesh.fsdp % _REGISTER_ROWS:
+        copied = 2 * 2 * config.d_model * config.d_ff / mesh.tensor
+        cycles = config.n_layers * 2 * copied / RETILED_BYTES_PER_CYCLE
+        compute += accumulation * cycles / chip.clock_hz
     # Weights are gathered for the forward pass and for its recomputation, gradients are reduced.
     links = 0.0
     if mesh.fsdp > 1:
@@ -185,7 +196,7 @@ def _estimate(
     if mesh.tensor > 1:
         # Two sums of the activations a layer, in the forward pass, its recomputation and backward.
         activation = 2 * tokens * config.d_model
-        links += config.n_layers * 6 * 2 * activation / bandwidth(mesh.tensor)
+        links += config.n_layers * 6 * 2 * activation / bandwidth(mesh.tensor, whole=False)
     micro = tokens / accumulation
     # A layer's experts are all gathered, although a token meets a few of them.
     layer_d_ff = config.d_ff * (config.moe.n_experts / mesh.expert if config.moe else 1)
