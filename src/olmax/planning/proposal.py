@@ -35,7 +35,7 @@ _REGISTER_ROWS = 8
 # OLMoE-1B-7B planned for v5p:2x2x4, 16 x 4,096: fsdp=16 0.37 s and 4.0 GiB of temporaries,
 # fsdp=2,expert=8 0.47 s and 11.1 GiB, expert=16 0.43 s and 11.9 GiB.
 _ROW_PASSES = 36
-_BUFFER_PASSES = 9
+_BUFFER_PASSES = 12
 _BUFFERS = 7
 
 
