@@ -195,6 +195,8 @@ class Launch:
                 f"; {plan['step_seconds']:.2f} s a step, MFU {plan['mfu']:.0%}, "
                 f"{duration(plan['days'])}, ${plan['price']:,.0f}"
             )
+        if plan.get("quick"):
+            verdict += " (a quick plan: machine code not made)"
         return verdict
 
     def _show(self, rendered: Any) -> None:
