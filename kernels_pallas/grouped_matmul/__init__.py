@@ -7,5 +7,13 @@ from kernels_pallas.grouped_matmul.api import (
     grouped_matmul,
     grouped_swiglu,
 )
+from kernels_pallas.grouped_matmul.rows import take_rows
 
-__all__ = ["IMPLEMENTATIONS", "PER_DEVICE", "choose", "grouped_matmul", "grouped_swiglu"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PER_DEVICE",
+    "choose",
+    "grouped_matmul",
+    "grouped_swiglu",
+    "take_rows",
+]

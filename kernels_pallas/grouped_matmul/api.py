@@ -43,7 +43,7 @@ def grouped_matmul(
     group_sizes_G: jax.Array,
     *,
     rows_M: jax.Array | None = None,
-    max_readers: int | None = None,
+    readers_Tr: jax.Array | None = None,
     expected_rows: int | None = None,
     transpose_rhs: bool = False,
     preferred_element_type: DTypeLike | None = None,
@@ -64,9 +64,9 @@ def grouped_matmul(
         too), groups that reach past M are cut there, and a negative size counts as 0.
       rows_M: int32 [M], each in 0 .. T - 1: row m of the product reads lhs[rows_M[m]]. The gradient
         of a row of lhs is the sum over its readers, added up in float32 in a fixed order.
-      max_readers: no row of lhs has more readers in all groups than this, where that is known:
-        a gradient that is added up in passes over the tokens then takes that many of them. A row
-        with more readers gets part of its gradient.
+      readers_Tr: int32 [T, r], `rows_M` the other way round where it is known (`dispatch` of the
+        router gives both): which rows read each row of lhs; numbers outside all groups are nobody.
+        Its gradient is then added up without a sort. A reader that is missing adds nothing to it.
       expected_rows: how many rows all groups together will have, about, where M is only a bound for
         that (rows from other devices): tiles are chosen, and the cost is declared, for so many.
       preferred_element_type: dtype of the result; lhs's when None.
@@ -92,7 +92,7 @@ def grouped_matmul(
             f"{op}: rhs {rhs.shape} has K = {contracted}, lhs {lhs.shape} has K = {lhs.shape[1]}; "
             "they must be equal"
         )
-    _check_groups(op, group_sizes_G, rhs.shape[0], lhs, rows_M)
+    _check_groups(op, group_sizes_G, rhs.shape[0], lhs, rows_M, readers_Tr)
     _check_expected(op, expected_rows)
     widths = (contracted, rhs.shape[1 if transpose_rhs else 2])
     implementation = implementation or choose(lhs.dtype, widths, gathers=rows_M is not None)
@@ -101,7 +101,7 @@ def grouped_matmul(
         rhs,
         group_sizes_G,
         rows_M=rows_M,
-        max_readers=max_readers,
+        readers_Tr=readers_Tr,
         expected_rows=expected_rows,
         transpose_rhs=transpose_rhs,
         preferred_element_type=preferred_element_type,
@@ -111,11 +111,11 @@ def grouped_matmul(
 
 def grouped_swiglu(
     x_TK: jax.Array,
-    gate_up_GKCF: jax.Array,
+    gate_up_GCKF: jax.Array,
     group_sizes_G: jax.Array,
     *,
     rows_M: jax.Array | None = None,
-    max_readers: int | None = None,
+    readers_Tr: jax.Array | None = None,
     expected_rows: int | None = None,
     implementation: str | None = None,
     interpret: Any = False,
@@ -124,8 +124,8 @@ def grouped_swiglu(
 
     Args:
       x_TK: [T, K], float32, bfloat16 or float16.
-      gate_up_GKCF: [G, K, 2, F]; index 0 is the gate, 1 is up. Cast to x's dtype.
-      group_sizes_G, rows_M, max_readers, expected_rows, implementation, interpret: as in
+      gate_up_GCKF: [G, 2, K, F]; index 0 is the gate, 1 is up. Cast to x's dtype.
+      group_sizes_G, rows_M, readers_Tr, expected_rows, implementation, interpret: as in
         `grouped_matmul`.
 
     Returns:
@@ -135,24 +135,24 @@ def grouped_swiglu(
       ValueError: as in `grouped_matmul`.
     """
     op = "grouped_swiglu"
-    _check_floats(op, x_TK=x_TK, gate_up_GKCF=gate_up_GKCF)
+    _check_floats(op, x_TK=x_TK, gate_up_GCKF=gate_up_GCKF)
     _check_rank(op, "x_TK", x_TK, "[T, K]")
-    _check_rank(op, "gate_up_GKCF", gate_up_GKCF, "[G, K, 2, F]")
-    if gate_up_GKCF.shape[1] != x_TK.shape[1] or gate_up_GKCF.shape[2] != 2:
+    _check_rank(op, "gate_up_GCKF", gate_up_GCKF, "[G, 2, K, F]")
+    if gate_up_GCKF.shape[1] != 2 or gate_up_GCKF.shape[2] != x_TK.shape[1]:
         raise ValueError(
-            f"{op}: gate_up_GKCF has shape {gate_up_GKCF.shape}, expected "
-            f"[G, K, 2, F] with K = {x_TK.shape[1]} as in x_TK {x_TK.shape}"
+            f"{op}: gate_up_GCKF has shape {gate_up_GCKF.shape}, expected "
+            f"[G, 2, K, F] with K = {x_TK.shape[1]} as in x_TK {x_TK.shape}"
         )
-    _check_groups(op, group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M)
+    _check_groups(op, group_sizes_G, gate_up_GCKF.shape[0], x_TK, rows_M, readers_Tr)
     _check_expected(op, expected_rows)
-    widths = (x_TK.shape[1], gate_up_GKCF.shape[3])
+    widths = (x_TK.shape[1], gate_up_GCKF.shape[3])
     implementation = implementation or choose(x_TK.dtype, widths, gathers=rows_M is not None)
     return _module(op, implementation).grouped_swiglu(
         x_TK,
-        gate_up_GKCF,
+        gate_up_GCKF,
         group_sizes_G,
         rows_M=rows_M,
-        max_readers=max_readers,
+        readers_Tr=readers_Tr,
         expected_rows=expected_rows,
         **_interpret(op, implementation, interpret),
     )
@@ -172,7 +172,7 @@ def _check_rank(op: str, name: str, array: jax.Array, expected: str) -> None:
         raise ValueError(f"{op}: {name} has shape {array.shape}, expected {expected}")
 
 
-def _check_groups(op: str, group_sizes_G, groups: int, lhs, rows_M) -> None:
+def _check_groups(op: str, group_sizes_G, groups: int, lhs, rows_M, readers_Tr) -> None:
     if group_sizes_G.shape != (groups,) or group_sizes_G.dtype != jnp.int32:
         raise ValueError(
             f"{op}: group_sizes_G is {group_sizes_G.dtype} {group_sizes_G.shape}, "
@@ -182,6 +182,15 @@ def _check_groups(op: str, group_sizes_G, groups: int, lhs, rows_M) -> None:
         raise ValueError(f"{op}: rows_M is {rows_M.dtype} {rows_M.shape}, expected int32 [M]")
     if rows_M is not None and rows_M.shape[0] and not lhs.shape[0]:
         raise ValueError(f"{op}: rows_M {rows_M.shape} reads from no rows: {lhs.shape}")
+    if readers_Tr is None:
+        return
+    if rows_M is None:
+        raise ValueError(f"{op}: readers_Tr goes with rows_M, which is missing")
+    if readers_Tr.ndim != 2 or readers_Tr.shape[0] != lhs.shape[0] or readers_Tr.dtype != jnp.int32:
+        raise ValueError(
+            f"{op}: readers_Tr is {readers_Tr.dtype} {readers_Tr.shape}, "
+            f"expected int32 [{lhs.shape[0]}, r]: the readers of each of lhs's rows"
+        )
 
 
 def _check_expected(op: str, expected_rows: int | None) -> None:

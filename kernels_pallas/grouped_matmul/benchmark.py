@@ -56,7 +56,7 @@ def ours(which: str):
 def _swiglu(which: str):
     """The public function, weights and their layout as a model has them."""
     x, sizes = _bf16(TOKENS, WIDTH), jax.ShapeDtypeStruct((GROUPS,), jnp.int32)
-    rows, gate_up = jax.ShapeDtypeStruct((ROWS,), jnp.int32), _bf16(GROUPS, WIDTH, 2, HIDDEN)
+    rows, gate_up = jax.ShapeDtypeStruct((ROWS,), jnp.int32), _bf16(GROUPS, 2, WIDTH, HIDDEN)
 
     def forward(x, gate_up, sizes, rows):
         return pallas_tpu.grouped_swiglu(x, gate_up, sizes, rows_M=rows)

@@ -3,7 +3,6 @@
 README.md here says what they do and what was measured.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,14 +15,6 @@ from kernels_pallas.grouped_matmul.pallas_tpu_kernels import LANES, WIDEST, oute
 from kernels_pallas.grouped_matmul.rows import add_rows
 
 DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Hints:
-    """What is known of the groups before the program runs."""
-
-    max_readers: int | None
-    expected_rows: int | None
 
 
 def unsupported(dtype, widths: tuple[int, ...], gathered: int | None) -> str | None:
@@ -45,7 +36,7 @@ def grouped_matmul(
     group_sizes_G,
     *,
     rows_M=None,
-    max_readers=None,
+    readers_Tr=None,
     expected_rows=None,
     transpose_rhs=False,
     preferred_element_type=None,
@@ -55,25 +46,24 @@ def grouped_matmul(
     width = None if rows_M is None else lhs.shape[1]
     _check("grouped_matmul", lhs, rhs.shape[1:], width, interpret)
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    hints = Hints(max_readers, expected_rows)
-    return _product(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret)
+    static = (expected_rows, transpose_rhs, dtype, interpret)
+    return _product(lhs, rhs, group_sizes_G, rows_M, readers_Tr, *static)
 
 
 def grouped_swiglu(
     x_TK,
-    gate_up_GKCF,
+    gate_up_GCKF,
     group_sizes_G,
     *,
     rows_M=None,
-    max_readers=None,
+    readers_Tr=None,
     expected_rows=None,
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
-    widths = (gate_up_GKCF.shape[1], gate_up_GKCF.shape[3])
+    widths = gate_up_GCKF.shape[2:]
     _check("grouped_swiglu", x_TK, widths, None if rows_M is None else widths[0], interpret)
-    hints = Hints(max_readers, expected_rows)
-    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret)
+    return _swiglu(x_TK, gate_up_GCKF, group_sizes_G, rows_M, readers_Tr, expected_rows, interpret)
 
 
 def _check(op: str, lhs, widths, gathered, interpret) -> None:
@@ -83,8 +73,10 @@ def _check(op: str, lhs, widths, gathered, interpret) -> None:
         raise ValueError(f"{op}: implementation 'pallas_tpu' {reason}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _product(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _product(
+    lhs, rhs, group_sizes_G, rows_M, readers_Tr, expected_rows, transpose_rhs, dtype, interpret
+):
     rows = lhs.shape[0] if rows_M is None else rows_M.shape[0]
     if not rows:
         return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), dtype)
@@ -95,20 +87,21 @@ def _product(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, inter
         rows_M=rows_M,
         transpose_rhs=transpose_rhs,
         out_dtype=dtype,
-        expected_rows=hints.expected_rows,
+        expected_rows=expected_rows,
         interpret=interpret,
     )
 
 
-def _product_forward(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret):
-    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, hints, transpose_rhs, dtype, interpret)
-    return out_MN, (lhs, rhs, group_sizes_G, rows_M)
+def _product_forward(lhs, rhs, group_sizes_G, rows_M, readers_Tr, *static):
+    out_MN = _product(lhs, rhs, group_sizes_G, rows_M, readers_Tr, *static)
+    return out_MN, (lhs, rhs, group_sizes_G, rows_M, readers_Tr)
 
 
-def _product_backward(hints, transpose_rhs, dtype, interpret, residuals, d_out_MN):
-    lhs, rhs, group_sizes_G, rows_M = residuals
+def _product_backward(expected_rows, transpose_rhs, dtype, interpret, residuals, d_out_MN):
+    lhs, rhs, *integers = residuals
+    group_sizes_G, rows_M, readers_Tr = integers
     if not d_out_MN.shape[0]:
-        return jnp.zeros_like(lhs), jnp.zeros_like(rhs), *_no_gradient(group_sizes_G, rows_M)
+        return jnp.zeros_like(lhs), jnp.zeros_like(rhs), *_no_gradient(*integers)
     d_out_MN = d_out_MN.astype(lhs.dtype)
     d_lhs_MK = product(
         d_out_MN[None],
@@ -116,7 +109,7 @@ def _product_backward(hints, transpose_rhs, dtype, interpret, residuals, d_out_M
         group_sizes_G,
         transpose_rhs=not transpose_rhs,
         out_dtype=lhs.dtype,
-        expected_rows=hints.expected_rows,
+        expected_rows=expected_rows,
         interpret=interpret,
     )
     if transpose_rhs:
@@ -130,46 +123,47 @@ def _product_backward(hints, transpose_rhs, dtype, interpret, residuals, d_out_M
         group_sizes_G,
         rows_M=picks,
         out_dtype=rhs.dtype,
-        expected_rows=hints.expected_rows,
+        expected_rows=expected_rows,
         interpret=interpret,
     )
     d_rhs = d_rhs_GCKN[:, 0]
-    d_lhs = _to_tokens(d_lhs_MK, rows_M, group_sizes_G, hints, lhs)
-    return d_lhs, d_rhs, *_no_gradient(group_sizes_G, rows_M)
+    d_lhs = _to_tokens(d_lhs_MK, rows_M, readers_Tr, group_sizes_G, lhs)
+    return d_lhs, d_rhs, *_no_gradient(*integers)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _swiglu(x_TK, gate_up_GCKF, group_sizes_G, rows_M, readers_Tr, expected_rows, interpret):
     rows = x_TK.shape[0] if rows_M is None else rows_M.shape[0]
     if not rows:
-        return jnp.zeros((0, gate_up_GKCF.shape[3]), x_TK.dtype)
+        return jnp.zeros((0, gate_up_GCKF.shape[3]), x_TK.dtype)
     return product(
         x_TK[None],
-        _parts_first(gate_up_GKCF, x_TK.dtype),
+        gate_up_GCKF.astype(x_TK.dtype),
         group_sizes_G,
         rows_M=rows_M,
         mode="swiglu",
         out_dtype=x_TK.dtype,
-        expected_rows=hints.expected_rows,
+        expected_rows=expected_rows,
         interpret=interpret,
     )
 
 
-def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret):
-    h_MF = _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, hints, interpret)
-    return h_MF, (x_TK, gate_up_GKCF, group_sizes_G, rows_M)
+def _swiglu_forward(x_TK, gate_up_GCKF, group_sizes_G, rows_M, readers_Tr, *static):
+    h_MF = _swiglu(x_TK, gate_up_GCKF, group_sizes_G, rows_M, readers_Tr, *static)
+    return h_MF, (x_TK, gate_up_GCKF, group_sizes_G, rows_M, readers_Tr)
 
 
-def _swiglu_backward(hints, interpret, residuals, d_h_MF):
+def _swiglu_backward(expected_rows, interpret, residuals, d_h_MF):
     """Computes gate and up again: they are three times what the forward pass writes."""
-    x_TK, gate_up_GKCF, group_sizes_G, rows_M = residuals
+    x_TK, gate_up_GCKF, *integers = residuals
+    group_sizes_G, rows_M, readers_Tr = integers
     if not d_h_MF.shape[0]:
-        zeros = jnp.zeros_like(x_TK), jnp.zeros_like(gate_up_GKCF)
-        return *zeros, *_no_gradient(group_sizes_G, rows_M)
-    gate_up_GCKF = _parts_first(gate_up_GKCF, x_TK.dtype)
+        zeros = jnp.zeros_like(x_TK), jnp.zeros_like(gate_up_GCKF)
+        return *zeros, *_no_gradient(*integers)
+    gate_up_GCKF = gate_up_GCKF.astype(x_TK.dtype)
     d_CMF = product(
         x_TK[None],
         gate_up_GCKF,
@@ -178,7 +172,7 @@ def _swiglu_backward(hints, interpret, residuals, d_h_MF):
         d_hidden_MN=d_h_MF,
         mode="swiglu_backward",
         out_dtype=x_TK.dtype,
-        expected_rows=hints.expected_rows,
+        expected_rows=expected_rows,
         interpret=interpret,
     )
     d_x_MK = product(
@@ -187,7 +181,7 @@ def _swiglu_backward(hints, interpret, residuals, d_h_MF):
         group_sizes_G,
         transpose_rhs=True,
         out_dtype=x_TK.dtype,
-        expected_rows=hints.expected_rows,
+        expected_rows=expected_rows,
         interpret=interpret,
     )
     d_gate_up_GCKF = outer(
@@ -195,27 +189,22 @@ def _swiglu_backward(hints, interpret, residuals, d_h_MF):
         d_CMF,
         group_sizes_G,
         rows_M=rows_M,
-        out_dtype=gate_up_GKCF.dtype,
-        expected_rows=hints.expected_rows,
+        out_dtype=gate_up_GCKF.dtype,
+        expected_rows=expected_rows,
         interpret=interpret,
     )
-    d_x_TK = _to_tokens(d_x_MK, rows_M, group_sizes_G, hints, x_TK)
-    d_gate_up_GKCF = jnp.swapaxes(d_gate_up_GCKF, 1, 2)
-    return d_x_TK, d_gate_up_GKCF, *_no_gradient(group_sizes_G, rows_M)
+    d_x_TK = _to_tokens(d_x_MK, rows_M, readers_Tr, group_sizes_G, x_TK)
+    return d_x_TK, d_gate_up_GCKF, *_no_gradient(*integers)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _parts_first(gate_up_GKCF, dtype) -> jax.Array:
-    return jnp.swapaxes(gate_up_GKCF.astype(dtype), 1, 2)
-
-
-def _to_tokens(d_MK, rows_M, group_sizes_G, hints, like) -> jax.Array:
+def _to_tokens(d_MK, rows_M, readers_Tr, group_sizes_G, like) -> jax.Array:
     if rows_M is None:
         return d_MK
     count = jnp.sum(jnp.maximum(group_sizes_G, 0))
-    return add_rows(d_MK, rows_M, like.shape[0], count, hints.max_readers).astype(like.dtype)
+    return add_rows(d_MK, rows_M, like.shape[0], count, readers_Tr).astype(like.dtype)
 
 
 def _no_gradient(*integers) -> tuple:

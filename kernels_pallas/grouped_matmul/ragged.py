@@ -14,14 +14,14 @@ def grouped_matmul(
     group_sizes_G,
     *,
     rows_M=None,
-    max_readers=None,
+    readers_Tr=None,
     expected_rows=None,
     transpose_rhs=False,
     preferred_element_type=None,
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_matmul`."""
     sizes_G = jnp.maximum(group_sizes_G, 0)
-    lhs_MK = lhs if rows_M is None else take_rows(lhs, rows_M, jnp.sum(sizes_G), max_readers)
+    lhs_MK = lhs if rows_M is None else take_rows(lhs, rows_M, jnp.sum(sizes_G), readers_Tr)
     rhs_GKN = (jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs).astype(lhs.dtype)
     out_MN = jax.lax.ragged_dot(lhs_MK, rhs_GKN, sizes_G, preferred_element_type=jnp.float32)
     # Past the last group backends differ in what they leave.
@@ -30,16 +30,16 @@ def grouped_matmul(
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None, expected_rows=None
+    x_TK, gate_up_GCKF, group_sizes_G, *, rows_M=None, readers_Tr=None, expected_rows=None
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
-    groups, width_in, _, width = gate_up_GKCF.shape
+    groups, _, width_in, width = gate_up_GCKF.shape
     gate_up_MP = grouped_matmul(
         x_TK,
-        gate_up_GKCF.reshape(groups, width_in, 2 * width),
+        jnp.swapaxes(gate_up_GCKF, 1, 2).reshape(groups, width_in, 2 * width),
         group_sizes_G,
         rows_M=rows_M,
-        max_readers=max_readers,
+        readers_Tr=readers_Tr,
         preferred_element_type=jnp.float32,
     )
     gate_MF, up_MF = gate_up_MP[:, :width], gate_up_MP[:, width:]

@@ -10,7 +10,7 @@ def grouped_matmul(
     group_sizes_G,
     *,
     rows_M=None,
-    max_readers=None,
+    readers_Tr=None,
     expected_rows=None,
     transpose_rhs=False,
     preferred_element_type=None,
@@ -37,13 +37,13 @@ def grouped_matmul(
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None, expected_rows=None
+    x_TK, gate_up_GCKF, group_sizes_G, *, rows_M=None, readers_Tr=None, expected_rows=None
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     gate_MF, up_MF = (
         grouped_matmul(
             x_TK,
-            gate_up_GKCF[:, :, index],
+            gate_up_GCKF[:, index],
             group_sizes_G,
             rows_M=rows_M,
             preferred_element_type=jnp.float32,

@@ -28,7 +28,7 @@ def grouped_matmul(
     group_sizes_G,
     *,
     rows_M=None,
-    max_readers=None,
+    readers_Tr=None,
     expected_rows=None,
     transpose_rhs=False,
     preferred_element_type=None,
@@ -39,10 +39,10 @@ def grouped_matmul(
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GKCF, group_sizes_G, *, rows_M=None, max_readers=None, expected_rows=None
+    x_TK, gate_up_GCKF, group_sizes_G, *, rows_M=None, readers_Tr=None, expected_rows=None
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
-    return _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows)
+    return _swiglu(x_TK, gate_up_GCKF, group_sizes_G, rows_M, expected_rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -97,16 +97,16 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _swiglu(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows):
-    return _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows)[0]
+def _swiglu(x_TK, gate_up_GCKF, group_sizes_G, rows_M, expected_rows):
+    return _swiglu_forward(x_TK, gate_up_GCKF, group_sizes_G, rows_M, expected_rows)[0]
 
 
-def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows):
-    tiles = _Tiles(group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M, expected_rows)
-    width = gate_up_GKCF.shape[3]
+def _swiglu_forward(x_TK, gate_up_GCKF, group_sizes_G, rows_M, expected_rows):
+    tiles = _Tiles(group_sizes_G, gate_up_GCKF.shape[0], x_TK, rows_M, expected_rows)
+    width = gate_up_GCKF.shape[3]
 
     def group(index, carry):
-        gate_up_KP = _gate_up(gate_up_GKCF, index, x_TK.dtype)
+        gate_up_KP = _gate_up(gate_up_GCKF, index, x_TK.dtype)
 
         def tile(start, inside, carry):
             gate_up_MP, h_MF = carry
@@ -122,16 +122,16 @@ def _swiglu_forward(x_TK, gate_up_GKCF, group_sizes_G, rows_M, expected_rows):
     init = tuple(jnp.zeros(shape, x_TK.dtype) for shape in shapes)
     gate_up_MP, h_MF = tiles.each_group(group, init)
     gate_up_MP = checkpoint_name(gate_up_MP, "gate_up")
-    return h_MF, (x_TK, gate_up_GKCF, group_sizes_G, rows_M, gate_up_MP)
+    return h_MF, (x_TK, gate_up_GCKF, group_sizes_G, rows_M, gate_up_MP)
 
 
 def _swiglu_backward(expected_rows, residuals, d_h_MF):
-    x_TK, gate_up_GKCF, group_sizes_G, rows_M, gate_up_MP = residuals
-    tiles = _Tiles(group_sizes_G, gate_up_GKCF.shape[0], x_TK, rows_M, expected_rows)
-    width = gate_up_GKCF.shape[3]
+    x_TK, gate_up_GCKF, group_sizes_G, rows_M, gate_up_MP = residuals
+    tiles = _Tiles(group_sizes_G, gate_up_GCKF.shape[0], x_TK, rows_M, expected_rows)
+    width = gate_up_GCKF.shape[3]
 
     def group(index, carry):
-        gate_up_KP = _gate_up(gate_up_GKCF, index, x_TK.dtype)
+        gate_up_KP = _gate_up(gate_up_GCKF, index, x_TK.dtype)
         gate_up_PK = row_major(gate_up_KP.T)
 
         def tile(start, inside, carry):
@@ -150,9 +150,9 @@ def _swiglu_backward(expected_rows, residuals, d_h_MF):
 
         d_x, d_gate_up = carry
         d_x, d_gate_up_KP = tiles.each(index, tile, (d_x, jnp.zeros(gate_up_KP.shape, jnp.float32)))
-        return d_x, _set(d_gate_up, d_gate_up_KP.reshape(gate_up_GKCF.shape[1:]), index)
+        return d_x, _set(d_gate_up, _parts(d_gate_up_KP), index)
 
-    init = (tiles.gradient(), jnp.zeros(gate_up_GKCF.shape, gate_up_GKCF.dtype))
+    init = (tiles.gradient(), jnp.zeros(gate_up_GCKF.shape, gate_up_GCKF.dtype))
     d_x, d_gate_up = tiles.each_group(group, init)
     return d_x.astype(x_TK.dtype), d_gate_up, *_no_gradient(group_sizes_G, rows_M)
 
@@ -223,11 +223,15 @@ def _matrix(rhs, group, dtype, transpose: bool) -> jax.Array:
     return jax.lax.optimization_barrier(row_major(rhs_KN.T) if transpose else rhs_KN)
 
 
-def _gate_up(gate_up_GKCF, group, dtype) -> jax.Array:
+def _gate_up(gate_up_GCKF, group, dtype) -> jax.Array:
     """One group's gate and up matrices side by side [K, 2 F]."""
-    gate_up_KCF = jax.lax.dynamic_index_in_dim(gate_up_GKCF, group, keepdims=False)
-    gate_up_KP = gate_up_KCF.reshape(gate_up_KCF.shape[0], -1).astype(dtype)
-    return jax.lax.optimization_barrier(gate_up_KP)
+    gate_up_CKF = jax.lax.dynamic_index_in_dim(gate_up_GCKF, group, keepdims=False).astype(dtype)
+    return jax.lax.optimization_barrier(jnp.concatenate([*gate_up_CKF], axis=1))
+
+
+def _parts(gate_up_KP) -> jax.Array:
+    """The two halves of the columns, [2, K, F]."""
+    return jnp.stack(jnp.split(gate_up_KP, 2, axis=1))
 
 
 def _matmul(a, b) -> jax.Array:

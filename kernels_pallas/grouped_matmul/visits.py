@@ -47,9 +47,12 @@ def _visits(start_G, stop_G, rows: int, tile_rows: int, least: int) -> Visits:
     behind_G = jnp.cumsum(visits_G)
     # A tile is visited once, and once more for every group that starts inside it.
     visit_V = jnp.arange(tiles + start_G.shape[0], dtype=jnp.int32)
-    group_V = jnp.searchsorted(behind_G, visit_V, side="right").astype(jnp.int32)
+    # By comparisons with all groups: TPUs do a binary search and a gather one number at a time.
+    group_V = jnp.sum(behind_G <= visit_V[:, None], axis=1, dtype=jnp.int32)
     group_V = jnp.minimum(group_V, start_G.shape[0] - 1)
-    tile_V = first_G[group_V] + visit_V - (behind_G - visits_G)[group_V]
+    is_group_VG = group_V[:, None] == jnp.arange(start_G.shape[0])
+    offset_G = first_G - (behind_G - visits_G)
+    tile_V = visit_V + jnp.sum(jnp.where(is_group_VG, offset_G, 0), axis=1, dtype=jnp.int32)
     return Visits(
         group_V, jnp.clip(tile_V, 0, tiles - 1), start_G, stop_G, behind_G[-1].astype(jnp.int32)
     )

@@ -106,6 +106,8 @@ COMPILED = {
     "window, not causal": dict(PRODUCTION, window=1000, causal=False),
     "any mask": dict(PRODUCTION, causal=False, mask=True),
     "odd lengths": dict(PRODUCTION, length=1000, kv_length=3000, causal=False),
+    # Past 8,192 keys the backward pass takes them in parts.
+    "long": dict(batch=1, length=20480, heads=16, head_dim=128, segments=True),
     "one query": dict(PRODUCTION, length=1, kv_length=4096, causal=False),
 }
 
@@ -132,9 +134,10 @@ def test_compiles_for(chip, case, backward):
         **COMPILED[case],
     )
     if case == "production":
-        # Copies in the kernel's layout; nothing of the size of the scores.
+        # Copies in the kernel's layout; nothing of the size of the scores. What v5e and v6e keep of
+        # them in vector memory the others, which have half of it, do not.
         arrays = 4 * 4096 * 16 * 128 * 2
-        assert program.temp_bytes < (9 if backward else 5) * arrays
+        assert program.temp_bytes < (9.5 if backward else 5) * arrays
 
 
 @needs_libtpu

@@ -201,12 +201,14 @@ def test_tpu_kernels_are_for_tpus():
         *[
             pytest.param(chip, which, mebibytes, marks=pytest.mark.slow)
             for chip in ("v5e", "v5p", "v6e", "tpu7x")
-            for which, mebibytes in (("route", 20), ("combine", 520), ("combine_float32", 20))
+            for which, mebibytes in (("route", 33), ("combine", 523), ("combine_float32", 20))
         ],
     ],
 )
 def test_tpu_kernels_compile_at_the_size_of_olmoe(chip, which, mebibytes):
-    """`combine` packs its bfloat16 rows before it gathers them."""
+    """`combine` packs its bfloat16 rows (512 MiB) before it gathers them. Arrays of one number a
+    slot have rows of 128 (8 MiB each), which v5p and tpu7x keep in HBM.
+    """
     pytest.importorskip("libtpu")
     program = compile_for("kernels_pallas.router.benchmark:ours", chip, dump=False, which=which)
     assert program.temp_bytes <= mebibytes * 2**20

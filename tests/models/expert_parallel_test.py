@@ -1,6 +1,7 @@
 """Cut over devices in whatever way, a mixture of experts computes the same."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from jax.sharding import PartitionSpec
 
 from olmax import sharding
 from olmax.errors import UserError
-from olmax.models import Execution, MoEConfig, get_preset
+from olmax.models import Execution, MoEConfig, get_preset, moe
 from olmax.models.expert_parallel import exchange, exchange_plan
+from olmax.models.moe import MoE
 from olmax.training.objectives import NextToken
 from olmax.training.router_losses import RouterLosses
 
@@ -103,6 +105,44 @@ def test_rows_reach_the_device_of_their_expert_and_come_back():
         )
         np.testing.assert_array_equal(got[: len(expected)], expected)
         assert not got[len(expected) :].any()
+
+
+def test_what_an_exchange_leaves_undefined_is_read_by_nobody(monkeypatch):
+    """Rows of padding, and what lies behind the rows that arrive, are NaN in both directions."""
+
+    def poisoned(x, plan, axes):
+        me = jax.lax.axis_index(axes)
+        arrived = jnp.arange(plan.rows)[:, None] < jnp.sum(plan.sizes_PPE[:, me])
+        return jnp.where(arrived, exchange(x, plan, axes), jnp.nan)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+    def nan_elsewhere(x, plan, axes):
+        return poisoned(x, plan, axes)
+
+    nan_elsewhere.defvjp(
+        lambda x, plan, axes: (poisoned(x, plan, axes), plan),
+        lambda axes, plan, d: (poisoned(d, plan.reversed(), axes), None),
+    )
+    config = dataclasses.replace(CONFIG, n_layers=1, moe=MoEConfig(8, 3))
+    execution = Execution(experts="reference", router="xla")
+    module = MoE(config, execution, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(module)
+    x_BLD = jax.random.normal(jax.random.key(0), (8, 6, config.d_model))
+    valid_BL = jnp.arange(6) < jnp.asarray([6, 5, 0, 3, 6, 1, 2, 4])[:, None]
+
+    def run(mesh):
+        def total(state, x_BLD):
+            with sharding.use_mesh(mesh):
+                y_BLD, _ = nnx.merge(graphdef, state)(x_BLD, valid_BL)
+            return jnp.sum(jnp.sin(y_BLD)), y_BLD
+
+        return jax.jit(jax.grad(total, (0, 1), has_aux=True))(state, x_BLD)
+
+    expected = run(None)
+    monkeypatch.setattr(moe, "exchange", nan_elsewhere)
+    got = run(sharding.make_mesh("fsdp=2,expert=4"))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_an_error():

@@ -56,7 +56,7 @@ def by_hand(module: MoE, x_BLD) -> np.ndarray:
         if moe.normalize_weights:
             weights = weights / weights.sum()
         for weight, e in zip(weights, chosen, strict=True):
-            gate, up = x @ gate_up[e, :, 0], x @ gate_up[e, :, 1]
+            gate, up = x @ gate_up[e, 0], x @ gate_up[e, 1]
             out[t] += weight * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
     return out.reshape(x_BLD.shape)
 
@@ -116,7 +116,7 @@ def test_experts_choose_their_tokens():
         p_LE /= p_LE.sum(-1, keepdims=True)
         for e in range(5):
             for t in np.argsort(-p_LE[:, e])[:2]:
-                gate, up = x_LD[t] @ gate_up[e, :, 0], x_LD[t] @ gate_up[e, :, 1]
+                gate, up = x_LD[t] @ gate_up[e, 0], x_LD[t] @ gate_up[e, 1]
                 hidden = gate / (1 + np.exp(-gate)) * up
                 expected[b, t] += p_LE[t, e] * (hidden @ down[e])
     np.testing.assert_allclose(y_BLD, expected, atol=2e-5)
@@ -136,7 +136,7 @@ def test_gradients_are_those_of_the_plain_formula():
         router, gate_up, down = module.router[...], module.gate_up[...], module.down[...]
         p_BLE = jax.nn.softmax(x_BLD @ router, axis=-1)
         kept = p_BLE >= jax.lax.top_k(p_BLE, moe.experts_per_token)[0][..., -1:]
-        h = jnp.einsum("bld,edcf->blecf", x_BLD, gate_up)
+        h = jnp.einsum("bld,ecdf->blecf", x_BLD, gate_up)
         y = jnp.einsum("blef,efd->bled", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down)
         return jnp.sum(jnp.einsum("bled,ble->bld", y, p_BLE * kept) * target)
 

@@ -23,7 +23,7 @@ PARAMETERS = {
     "blocks.mlp.gate_up": "NDCF",
     "blocks.mlp.down": "NFD",
     "blocks.moe.router": "NDE",
-    "blocks.moe.gate_up": "NEDCF",
+    "blocks.moe.gate_up": "NECDF",
     "blocks.moe.down": "NEFD",
     "blocks.moe.shared.gate_up": "NDCF",
     "blocks.moe.shared.down": "NFD",

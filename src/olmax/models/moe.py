@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, take_rows
 from kernels_pallas.router import combine, dispatch, route
 from olmax.models import parameters
 from olmax.models.annotations import mesh_axes, on_mesh, per_device
@@ -64,7 +64,7 @@ class MoE(nnx.Module):
             rngs, normal, [*stack, (d, "embed"), (config.moe.n_experts, None)], dtype
         )
         self.gate_up = parameters.param(
-            rngs, normal, [*stack, experts, (d, "embed"), (2, None), (f, "mlp")], dtype
+            rngs, normal, [*stack, experts, (2, None), (d, "embed"), (f, "mlp")], dtype
         )
         self.down = parameters.param(
             rngs, normal, [*stack, experts, (f, "mlp"), (d, "embed")], dtype
@@ -117,7 +117,7 @@ class MoE(nnx.Module):
         """
         return weight.astype(dtype) if on_mesh() else weight
 
-    def _token_choice(self, x_BLD, valid_BL, router_DE, gate_up_EDCF, down_EFD):
+    def _token_choice(self, x_BLD, valid_BL, router_DE, gate_up_ECDF, down_EFD):
         """One device's tokens: output, statistics and chosen experts."""
         config, execution = self.config, self.execution
         batch, length, d_model = x_BLD.shape
@@ -138,17 +138,18 @@ class MoE(nnx.Module):
         axes = mesh_axes("experts", config.n_experts)
         if axes:
             # A token is sent to one device as often as it has experts there.
-            most = x_TD.shape[0] * min(config.experts_per_token, gate_up_EDCF.shape[0])
+            most = x_TD.shape[0] * min(config.experts_per_token, gate_up_ECDF.shape[0])
             plan = exchange_plan(routing.counts_E, rows=rows_M.shape[0], most=most, axes=axes)
-            # Padding has no expert: its rows stand behind the others and go nowhere.
-            sent_M1 = (jnp.arange(rows_M.shape[0]) < jnp.sum(routing.counts_E))[:, None]
-            x_MD = jnp.where(sent_M1, x_TD[rows_M], 0)
-            y_MD = self._experts_elsewhere(x_MD, plan, gate_up_EDCF, down_EFD, axes)
-            y_MD = jnp.where(sent_M1, y_MD, 0)
+            # Padding has no expert: its rows stand behind the others, go nowhere, and what stands
+            # in their place afterwards is undefined. So nobody reads it.
+            sent = jnp.sum(routing.counts_E)
+            destinations_Tk = jnp.where(destinations_Tk < sent, destinations_Tk, rows_M.shape[0])
+            x_MD = take_rows(x_TD, rows_M, sent, destinations_Tk)
+            y_MD = self._experts_elsewhere(x_MD, plan, gate_up_ECDF, down_EFD, axes)
         else:
             y_MD = self._experts(
-                *(x_TD, routing.counts_E, rows_M, gate_up_EDCF, down_EFD),
-                max_readers=config.experts_per_token,
+                *(x_TD, routing.counts_E, rows_M, gate_up_ECDF, down_EFD),
+                readers_Tk=destinations_Tk,
             )
         y_TD = combine(y_MD, destinations_Tk, weights_Tk, implementation=execution.router)
         y_TD = _sum_over(y_TD, mesh_axes("mlp", self._d_ff))
@@ -163,7 +164,7 @@ class MoE(nnx.Module):
             routing.experts_Tk.reshape(batch, length, -1),
         )
 
-    def _expert_choice(self, x_BLD, valid_BL, router_DE, gate_up_EDCF, down_EFD):
+    def _expert_choice(self, x_BLD, valid_BL, router_DE, gate_up_ECDF, down_EFD):
         """One device's sequences: output and statistics."""
         config = self.config
         batch, length, d_model = x_BLD.shape
@@ -178,11 +179,11 @@ class MoE(nnx.Module):
         axes = mesh_axes("experts", config.n_experts)
         x_TD = x_BLD.reshape(-1, d_model)
         if axes:
-            most = gate_up_EDCF.shape[0] * batch * taken
+            most = gate_up_ECDF.shape[0] * batch * taken
             plan = exchange_plan(counts_E, rows=rows_M.shape[0], most=most, axes=axes)
-            y_MD = self._experts_elsewhere(x_TD[rows_M], plan, gate_up_EDCF, down_EFD, axes)
+            y_MD = self._experts_elsewhere(x_TD[rows_M], plan, gate_up_ECDF, down_EFD, axes)
         else:
-            y_MD = self._experts(x_TD, counts_E, rows_M, gate_up_EDCF, down_EFD)
+            y_MD = self._experts(x_TD, counts_E, rows_M, gate_up_ECDF, down_EFD)
         y_MD = y_MD.astype(jnp.float32) * weights_M[:, None]
         y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[rows_M].add(y_MD).astype(x_TD.dtype)
         y_TD = _sum_over(y_TD, mesh_axes("mlp", self._d_ff))
@@ -195,25 +196,25 @@ class MoE(nnx.Module):
         return self.down.shape[-2]
 
     def _experts(
-        self, x_TD, counts_E, rows_M, gate_up_EDCF, down_EFD, max_readers=None, expected_rows=None
+        self, x_TD, counts_E, rows_M, gate_up_ECDF, down_EFD, readers_Tk=None, expected_rows=None
     ):
-        """Outputs of experts whose rows lie one expert after the other: [M, D]. `max_readers`:
-        experts of a token at most, where that is known; `expected_rows`: where M is a bound only.
+        """Outputs of experts whose rows lie one expert after the other: [M, D]. `readers_Tk`:
+        the rows of each token, where they are known; `expected_rows`: where M is a bound only.
         """
         how: dict[str, Any] = dict(
             expected_rows=expected_rows, implementation=self.execution.experts
         )
         h_MF = grouped_swiglu(
-            x_TD, gate_up_EDCF, counts_E, rows_M=rows_M, max_readers=max_readers, **how
+            x_TD, gate_up_ECDF, counts_E, rows_M=rows_M, readers_Tr=readers_Tk, **how
         )
         return grouped_matmul(h_MF, down_EFD, counts_E, **how)
 
-    def _experts_elsewhere(self, x_MD, plan: Exchange, gate_up_EDCF, down_EFD, axes):
+    def _experts_elsewhere(self, x_MD, plan: Exchange, gate_up_ECDF, down_EFD, axes):
         """The same for rows sorted by expert, on the devices that hold the experts, and back."""
         x_RD = exchange(x_MD, plan, axes)
         # With balanced experts a device gets as many rows as it sent.
         y_RD = self._experts(
-            *(x_RD, plan.counts_E, None, gate_up_EDCF, down_EFD), expected_rows=plan.rows_back
+            *(x_RD, plan.counts_E, None, gate_up_ECDF, down_EFD), expected_rows=plan.rows_back
         )
         return exchange(y_RD, plan.reversed(), axes)
 

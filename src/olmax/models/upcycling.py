@@ -52,13 +52,14 @@ def upcycle(
     }
     keys = jax.random.split(jax.random.key(seed), 3)
     gate_up_NDCF = params.pop("blocks.mlp.gate_up")
+    gate_up_NCDF = jnp.swapaxes(gate_up_NDCF, 1, 2)
     down_NFD = params.pop("blocks.mlp.down")
 
     shape = (config.n_layers, config.d_model, moe.n_experts)
     router_NDE = ROUTER_STD * jax.random.normal(keys[0], shape)
     params |= {
         "blocks.moe.router": router_NDE.astype(down_NFD.dtype),
-        "blocks.moe.gate_up": _copies(gate_up_NDCF, keys[1], noise_std, moe.n_experts, noise),
+        "blocks.moe.gate_up": _copies(gate_up_NCDF, keys[1], noise_std, moe.n_experts, noise),
         "blocks.moe.down": _copies(down_NFD, keys[2], noise_std, moe.n_experts, noise),
     }
     if moe.shared_d_ff:
