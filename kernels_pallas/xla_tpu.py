@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 
 def on_tpu(tpu: Callable[..., Any], default: Callable[..., Any], *args: Any) -> Any:
@@ -21,3 +24,24 @@ def in_memory(x: Any) -> Any:
     way through memory (docs/performance.md), but not where several products read the values.
     """
     return on_tpu(jax.lax.optimization_barrier, lambda x: x, x)
+
+
+def unwritten(shape: tuple[int, ...], dtype: DTypeLike, after: jax.Array) -> jax.Array:
+    """An array that nobody has written, allocated once `after` is there.
+
+    Inside a loop, XLA takes `jax.lax.empty` out of it, and copies that array in every round for
+    whoever writes into it. The result of a kernel that does nothing stays inside; two with the same
+    `after` are one array, and copied too.
+    """
+
+    def tpu(after):
+        return pl.pallas_call(
+            lambda after, out: None,
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
+            out_shape=jax.ShapeDtypeStruct(shape, dtype),
+            cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),
+            name="unwritten",
+        )(after)
+
+    return on_tpu(tpu, lambda after: jax.lax.empty(shape, dtype), after)

@@ -1,5 +1,6 @@
 """Products of sorted rows with one matrix per group, as in dropless mixtures of experts."""
 
+from kernels_pallas.grouped_matmul import words
 from kernels_pallas.grouped_matmul.api import (
     IMPLEMENTATIONS,
     PER_DEVICE,
@@ -16,4 +17,5 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "take_rows",
+    "words",
 ]

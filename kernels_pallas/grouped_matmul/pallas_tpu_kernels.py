@@ -1,7 +1,8 @@
 """The TPU kernels under `pallas_tpu`: rows times matrices, and rows times rows.
 
 Letters: M rows, R rows of a tile, C matrices of a group that share their input (gate and up), K
-contracted, N columns, J columns of a block.
+contracted, N columns, J columns of a block. Rows of bfloat16 may come and go as words (uint32
+[M, S, 128], `row_words.py`).
 
 A grid step is a visit of a tile for a group. The whole width K of a tile and, where it fits, the
 whole matrix of a group lie in VMEM, so a matrix is read once however many tiles its group has.
@@ -19,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul import visits as visits_lib
 from kernels_pallas.row_gather import Gather, GatherInputs, gather_inputs, pack, unpack
+from kernels_pallas.row_words import from_words, joined, sublanes, to_words
 
 VMEM_BUDGET = 44 * 2**20
 """What tiles are sized for. The limit leaves room for what the compiler adds."""
@@ -89,6 +91,7 @@ def product(
     transpose_rhs: bool = False,
     mode: str = "sum",
     out_dtype: Any,
+    out_words: bool = False,
     tiles: Tiles | None = None,
     expected_rows: int | None = None,
     interpret: Any = False,
@@ -96,17 +99,23 @@ def product(
     """Rows times the matrices of their group.
 
     Args:
-      lhs_CMK: [C, M, K] in mode `sum`, else [1, M, K]; [1, T, K] with `rows_M`.
+      lhs_CMK: [C, M, K] in mode `sum`, else [1, M, K]; [1, T, K] with `rows_M`. Or words of M rows.
       rhs_GCKN: [G, C, K, N], or [G, C, N, K] with `transpose_rhs`.
       expected_rows: of all groups together, where the rows are a bound for them; what tiles
         and the declared cost are made for.
       mode: `sum` adds the C products up: [M, N]. `swiglu` is silu(first) * second: [M, N].
         `swiglu_backward` returns the gradients of first and second, [2, M, N], from `d_hidden`.
+      out_words: the result of mode `sum`, bfloat16, as words.
     """
     groups, parts = rhs_GCKN.shape[:2]
     width, columns = rhs_GCKN.shape[2:][:: -1 if transpose_rhs else 1]
-    rows = lhs_CMK.shape[1] if rows_M is None else rows_M.shape[0]
-    item, outputs = lhs_CMK.dtype.itemsize, 2 if mode == "swiglu_backward" else 1
+    words = lhs_CMK.shape[1] if lhs_CMK.dtype == jnp.uint32 else 0
+    dtype = jnp.dtype("bfloat16") if words else lhs_CMK.dtype
+    if words:
+        rows, lhs_CMK = lhs_CMK.shape[0], lhs_CMK.reshape(1, -1, LANES)
+    else:
+        rows = lhs_CMK.shape[1] if rows_M is None else rows_M.shape[0]
+    item, outputs = dtype.itemsize, 2 if mode == "swiglu_backward" else 1
 
     def vmem(size: int) -> tuple[int, int]:
         per_column = 2 * parts * width * item
@@ -116,6 +125,8 @@ def product(
 
     expected = expected_rows or rows
     tiles = tiles or choose_tiles(expected, groups, columns, vmem)
+    # A word holds columns of both halves: they are written by one block of columns, or afterwards.
+    writes_words = out_words and tiles.columns == columns
     visits = visits_lib.by_tile(group_sizes_G, rows, tiles.rows)
     scalars = visits[:4]
 
@@ -128,8 +139,9 @@ def product(
 
     gather = _gather_inputs(lhs_CMK[0], rows_M, tiles.rows, tile_index)
     scratch = []
-    if gather is not None:
-        scratch = [pltpu.VMEM((tiles.rows, width), lhs_CMK.dtype), *gather.scratch]
+    if gather is not None or words:
+        scratch = [pltpu.VMEM((tiles.rows, width), dtype)]
+        scratch += [] if gather is None else gather.scratch
     if transpose_rhs:
         rhs_block, rhs_place = (tiles.columns, width), lambda n: (n, 0)
     else:
@@ -137,8 +149,9 @@ def product(
     rhs_spec = pl.BlockSpec(
         (None, parts, *rhs_block), lambda n, v, *s: (group_index(n, v, *s), 0, *rhs_place(n))
     )
+    lhs_block = (tiles.rows * words, LANES) if words else (tiles.rows, width)
     lhs_spec = pl.BlockSpec(
-        (lhs_CMK.shape[0], tiles.rows, width), lambda n, v, *s: (0, tile_index(n, v, *s), 0)
+        (lhs_CMK.shape[0], *lhs_block), lambda n, v, *s: (0, tile_index(n, v, *s), 0)
     )
     d_hidden_spec = pl.BlockSpec(
         (tiles.rows, tiles.columns), lambda n, v, *s: (tile_index(n, v, *s), n)
@@ -146,15 +159,24 @@ def product(
     inputs = [(rhs_GCKN, rhs_spec)]
     inputs += [(lhs_CMK, lhs_spec)] if gather is None else gather.inputs
     inputs += [] if d_hidden_MN is None else [(d_hidden_MN, d_hidden_spec)]
+    out_block, out_shape = (tiles.rows, tiles.columns), (rows, columns)
+    if writes_words:
+        out_block, out_shape = (
+            (lines * columns // (2 * LANES), LANES) for lines in (tiles.rows, rows)
+        )
     out = pl.pallas_call(
         functools.partial(
             _product_kernel,
             groups=groups,
+            size=tiles.rows,
+            columns=tiles.columns,
             gathers=gather is not None,
+            words=words,
+            writes_words=writes_words,
             has_d_hidden=d_hidden_MN is not None,
             transpose_rhs=transpose_rhs,
             mode=mode,
-            dtype=lhs_CMK.dtype,
+            dtype=dtype,
             interpret=bool(interpret),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -162,12 +184,13 @@ def product(
             grid=(columns // tiles.columns, visits.count),
             in_specs=[spec for _, spec in inputs],
             out_specs=pl.BlockSpec(
-                (outputs, tiles.rows, tiles.columns),
-                lambda n, v, *s: (0, tile_index(n, v, *s), n),
+                (outputs, *out_block), lambda n, v, *s: (0, tile_index(n, v, *s), n)
             ),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((outputs, rows, columns), out_dtype),
+        out_shape=jax.ShapeDtypeStruct(
+            (outputs, *out_shape), jnp.uint32 if writes_words else out_dtype
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
@@ -181,6 +204,10 @@ def product(
         interpret=interpret,
         name=f"grouped_{mode}" if mode != "sum" else "grouped_matmul",
     )(*scalars, *[array for array, _ in inputs])
+    if writes_words:
+        return out[0].reshape(rows, -1, LANES)
+    if out_words:
+        return to_words(out[0])
     return out if outputs == 2 else out[0]
 
 
@@ -192,7 +219,11 @@ def _product_kernel(
     rhs_CKJ,
     *refs,
     groups: int,
+    size: int,
+    columns: int,
     gathers: bool,
+    words: int,
+    writes_words: bool,
     has_d_hidden: bool,
     transpose_rhs: bool,
     mode: str,
@@ -208,10 +239,10 @@ def _product_kernel(
     else:
         lhs_CRK, *refs = refs
         gather = None
+        lhs_RK: Any = refs.pop() if words else None
     d_hidden_RJ: Any = refs.pop(0) if has_d_hidden else None
     (out_ORJ,) = refs
     tile, group = tile_V[visit], group_V[visit]
-    size, columns = out_ORJ.shape[1:]
     chunk = _chunk(columns, products=1 if mode == "sum" else 2)
     chunks = columns // chunk
     row_R1 = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
@@ -222,12 +253,47 @@ def _product_kernel(
         @pl.when(_is_new_tile(tile_V, visit))
         def _():
             _arrive(gather, tile, visit)
-            for piece, words in _pieces(gather.slots, tile % 2):
-                for column, values in _placed(piece, words, dtype, lhs_RK.shape[1]):
-                    lhs_RK[:, pl.ds(column, values.shape[1])] = values
+            _place_all(_pieces(gather.slots, tile % 2), lhs_RK)
+
+    if words:
+
+        @pl.when(_is_new_tile(tile_V, visit))
+        def _():
+            _place_all(_word_pieces(lhs_CRK.at[0], words, size), lhs_RK)
 
     def lhs(part: int):
-        return lhs_RK[...] if gather is not None else lhs_CRK[part]
+        return lhs_CRK[part] if lhs_RK is None else lhs_RK[...]
+
+    def write_words(out_RJ, first: int):
+        """The product's columns from `first` on: both halves of a row, or a part of one."""
+        blocks = columns // (2 * LANES)
+        for block in range(blocks):
+            at = sublanes(blocks, size, block)
+            old = out_ORJ.at[0][at]
+            low, high = (
+                out_RJ[:, column : column + LANES] if 0 <= column < out_RJ.shape[1] else None
+                for column in (block * LANES - first, (blocks + block) * LANES - first)
+            )
+            if low is None and high is None:
+                continue
+            zeros = jnp.zeros((size, LANES), jnp.float32)
+            new = joined(zeros if low is None else low, zeros if high is None else high)
+            if low is None:
+                new |= old & jnp.uint32(0xFFFF)
+            if high is None:
+                new |= old & jnp.uint32(0xFFFF0000)
+            out_ORJ.at[0][at] = jnp.where(inside_R1, new, old)
+
+    def compute_words():
+        step = columns if columns <= CHUNKS[0] else _chunk(columns // 2, products=1)
+        for first in range(0, columns, step):
+            place = pl.ds(first, step)
+            matrix = rhs_CKJ[0, place, :] if transpose_rhs else rhs_CKJ[0, :, place]
+            out_RJ = _dot(lhs(0), matrix, ((1,), (1 if transpose_rhs else 0,)), interpret)
+            for part in range(1, rhs_CKJ.shape[0]):
+                matrix = rhs_CKJ[part, place, :] if transpose_rhs else rhs_CKJ[part, :, place]
+                out_RJ += _dot(lhs(part), matrix, ((1,), (1 if transpose_rhs else 0,)), interpret)
+            write_words(out_RJ, first)
 
     def compute():
         def one(index, carry):
@@ -261,10 +327,12 @@ def _product_kernel(
 
     if gather is not None:
         _start_next(gather, tile_V, visit, tile_V[visits - 1])
-    pl.when(group < groups)(compute)
+    pl.when(group < groups)(compute_words if writes_words else compute)
 
     @pl.when(group == groups)
     def _():
+        if writes_words:
+            return write_words(jnp.zeros((size, columns), jnp.float32), 0)
         for part in range(out_ORJ.shape[0]):
             out_ORJ[part] = jnp.where(inside_R1, jnp.zeros_like(out_ORJ[part]), out_ORJ[part])
 
@@ -281,16 +349,28 @@ def outer(
     interpret: Any = False,
 ) -> jax.Array:
     """[G, C, K, N]: for every group the sum over its rows of lhs [K, 1] times d_out [1, N].
-    `expected_rows` as in `product`.
+    Either may be words. `expected_rows` as in `product`.
     """
-    (groups,), (parts, rows, columns) = group_sizes_G.shape, d_out_CMN.shape
-    width, item = lhs_MK.shape[1], lhs_MK.dtype.itemsize
+    (groups,) = group_sizes_G.shape
+    words, d_words = (
+        array.shape[1] if array.dtype == jnp.uint32 else 0 for array in (lhs_MK, d_out_CMN)
+    )
+    parts, rows, columns = d_out_CMN.shape
+    if d_words:
+        parts, rows, columns = 1, d_out_CMN.shape[0], 2 * LANES * d_words
+    width = 2 * LANES * words if words else lhs_MK.shape[1]
+    dtype = jnp.dtype("bfloat16") if words else lhs_MK.dtype
+    item = dtype.itemsize
 
     def vmem(size: int) -> tuple[int, int]:
-        return 3 * size * width * item, 2 * parts * (width * 4 + size * item)
+        per_column = 2 * parts * (width * 4 + size * item) + (size * item if d_words else 0)
+        return 3 * size * width * item, per_column
 
     expected = expected_rows or rows
     tiles = tiles or choose_tiles(expected, groups, columns, vmem)
+    if d_words and tiles.columns < columns:
+        # A block of columns lies in parts of the words of all rows.
+        d_words, d_out_CMN = 0, from_words(d_out_CMN)[None]
     visits = visits_lib.by_group(group_sizes_G, rows, tiles.rows)
     last_tile = visits.tile_V[visits.count - 1].reshape(1)
     scalars = (*visits[:4], last_tile)
@@ -299,10 +379,14 @@ def outer(
         return tile_V[v]
 
     gather = _gather_inputs(lhs_MK, rows_M, tiles.rows, tile_index)
-    d_out_spec = pl.BlockSpec(
-        (parts, tiles.rows, tiles.columns), lambda n, v, *s: (0, tile_index(n, v, *s), n)
-    )
-    lhs_spec = pl.BlockSpec((tiles.rows, width), lambda n, v, *s: (tile_index(n, v, *s), 0))
+    if words:
+        lhs_MK = lhs_MK.reshape(-1, LANES)
+    if d_words:
+        d_out_CMN = d_out_CMN.reshape(1, -1, LANES)
+    d_out_block = (tiles.rows * d_words, LANES) if d_words else (tiles.rows, tiles.columns)
+    d_out_spec = pl.BlockSpec((parts, *d_out_block), lambda n, v, *s: (0, tile_index(n, v, *s), n))
+    lhs_block = (tiles.rows * words, LANES) if words else (tiles.rows, width)
+    lhs_spec = pl.BlockSpec(lhs_block, lambda n, v, *s: (tile_index(n, v, *s), 0))
     inputs = [(d_out_CMN, d_out_spec)]
     inputs += [(lhs_MK, lhs_spec)] if gather is None else gather.inputs
     block = (parts, width, tiles.columns)
@@ -310,9 +394,13 @@ def outer(
     return pl.pallas_call(
         functools.partial(
             _outer_kernel,
+            size=tiles.rows,
+            columns=tiles.columns,
             gathers=gather is not None,
+            words=words,
+            d_words=d_words,
             sums_apart=sums_apart,
-            dtype=lhs_MK.dtype,
+            dtype=dtype,
             interpret=bool(interpret),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -321,8 +409,9 @@ def outer(
             in_specs=[spec for _, spec in inputs],
             out_specs=pl.BlockSpec((None, *block), lambda n, v, group_V, *_: (group_V[v], 0, 0, n)),
             scratch_shapes=[
-                pltpu.VMEM((width, tiles.rows), lhs_MK.dtype),
+                pltpu.VMEM((width, tiles.rows), dtype),
                 *([pltpu.VMEM(block, jnp.float32)] if sums_apart else []),
+                *([pltpu.VMEM((tiles.rows, columns), dtype)] if d_words else []),
                 *([] if gather is None else gather.scratch),
             ],
         ),
@@ -351,7 +440,11 @@ def _outer_kernel(
     last_tile,
     d_out_CRJ,
     *refs,
+    size: int,
+    columns: int,
     gathers: bool,
+    words: int,
+    d_words: int,
     sums_apart: bool,
     dtype,
     interpret: bool,
@@ -367,9 +460,9 @@ def _outer_kernel(
         gather = None
     out_CKJ, lhs_KR = refs[:2]
     sums_CKJ = refs[2] if sums_apart else out_CKJ
+    d_out_RJ: Any = refs[-1] if d_words else None
     tile, group = tile_V[visit], group_V[visit]
-    parts, size, columns = d_out_CRJ.shape
-    width = lhs_KR.shape[0]
+    parts, width = d_out_CRJ.shape[0], lhs_KR.shape[0]
     chunk = _chunk(columns, products=parts)
     chunks = columns // chunk
     row_R1 = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
@@ -380,12 +473,21 @@ def _outer_kernel(
     is_first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
 
     def pieces():
-        if gather is None:
+        if words:
+            for piece, values in _word_pieces(lhs_RK, words, size):
+                yield from _placed(piece, values, dtype, width)
+        elif gather is None:
             for column in range(0, width, LANES):
                 yield column, lhs_RK[:, pl.ds(column, LANES)]
         else:
-            for piece, words in _pieces(gather.slots, tile % 2):
-                yield from _placed(piece, words, dtype, width)
+            for piece, values in _pieces(gather.slots, tile % 2):
+                yield from _placed(piece, values, dtype, width)
+
+    if d_words:
+
+        @pl.when(_is_new_tile(tile_V, visit))
+        def _():
+            _place_all(_word_pieces(d_out_CRJ.at[0], d_words, size), d_out_RJ)
 
     def compute(masked: bool):
         def inside(values):
@@ -398,10 +500,10 @@ def _outer_kernel(
         def one(index, carry):
             place = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
             for part in range(parts):
-                d_out_RJ = inside(d_out_CRJ[part, :, place])
+                d_RJ = d_out_RJ[:, place] if d_words else d_out_CRJ[part, :, place]
                 before_KJ = jnp.where(is_first, 0.0, sums_CKJ[part, :, place])
                 sums_CKJ[part, :, place] = before_KJ + _dot(
-                    lhs_KR[...], d_out_RJ, ((1,), (0,)), interpret
+                    lhs_KR[...], inside(d_RJ), ((1,), (0,)), interpret
                 )
             return carry
 
@@ -458,6 +560,19 @@ def _pieces(slots, slot):
     """(first column, words) of a tile of packed rows, 128 columns at a time."""
     for column in range(0, slots.shape[2], LANES):
         yield column, slots[slot, :, pl.ds(column, LANES)]
+
+
+def _word_pieces(rows, words: int, size: int):
+    """The same of a tile of rows as words, [R * S, 128]."""
+    for block in range(words):
+        yield block * LANES, rows[sublanes(words, size, block)]
+
+
+def _place_all(pieces, rows_RK) -> None:
+    """Writes pieces of packed rows where their columns belong."""
+    for piece, words in pieces:
+        for column, values in _placed(piece, words, rows_RK.dtype, rows_RK.shape[1]):
+            rows_RK[:, pl.ds(column, values.shape[1])] = values
 
 
 def _placed(column: int, words, dtype, width: int):

@@ -10,10 +10,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from kernels_pallas import targets
 from olmax import sharding
 from olmax.errors import UserError
 from olmax.models import Execution, MoEConfig, get_preset, moe
 from olmax.models.expert_parallel import exchange, exchange_plan
+from olmax.models.expert_words import experts_by_words
 from olmax.models.moe import MoE
 from olmax.training.objectives import NextToken
 from olmax.training.router_losses import RouterLosses
@@ -143,6 +145,47 @@ def test_what_an_exchange_leaves_undefined_is_read_by_nobody(monkeypatch):
     got = run(sharding.make_mesh("fsdp=2,expert=4"))
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_rows_may_travel_as_words(monkeypatch):
+    """As on TPUs, with the kernels interpreted: the same output and gradients, padding included."""
+    config = dataclasses.replace(CONFIG, d_model=2048, d_ff=128, n_layers=1, moe=MoEConfig(4, 2))
+    execution = Execution(experts="reference", router="xla", compute_dtype="bfloat16")
+    graphdef, state = nnx.split(MoE(config, execution, rngs=nnx.Rngs(0)))
+    x_BLD = jax.random.normal(jax.random.key(0), (4, 6, 2048), jnp.bfloat16)
+    valid_BL = jnp.arange(6) < jnp.asarray([6, 5, 0, 3])[:, None]
+    mesh = sharding.make_mesh("fsdp=2,expert=2", jax.devices()[:4])
+
+    def run():
+        def total(state, x_BLD):
+            with sharding.use_mesh(mesh):
+                y_BLD, _ = nnx.merge(graphdef, state)(x_BLD, valid_BL)
+            return jnp.sum(jnp.sin(4 * y_BLD.astype(jnp.float32))), y_BLD
+
+        return jax.jit(jax.grad(total, (0, 1), has_aux=True))(state, x_BLD)
+
+    expected = run()
+    monkeypatch.setattr(MoE, "_takes_words", lambda *_: True)
+    monkeypatch.setattr(
+        moe, "experts_by_words", lambda *arguments: experts_by_words(*arguments, True)
+    )
+    for one, other in zip(jax.tree.leaves(run()), jax.tree.leaves(expected), strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_allclose(one, other, atol=0.01 * np.abs(other).max())
+
+
+def test_words_are_for_the_kernels_of_tpus():
+    def takes(config, **execution):
+        module = nnx.eval_shape(lambda: MoE(config, Execution(**execution), rngs=nnx.Rngs(0)))
+        return module._takes_words(jnp.bfloat16, module.gate_up.shape)
+
+    wide = dataclasses.replace(CONFIG, d_model=2048, d_ff=128, moe=MoEConfig(2, 1))
+    assert not takes(wide)
+    with targets.compiling_for("tpu"):
+        assert takes(wide, experts="pallas_tpu")
+        assert not takes(wide, experts="ragged")
+        assert not takes(wide, experts="pallas_tpu", router="pallas_tpu")
+        assert not takes(CONFIG, experts="pallas_tpu")
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_an_error():

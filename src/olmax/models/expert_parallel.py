@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.xla_cpu import on_cpu
+from kernels_pallas.xla_tpu import unwritten
 
 
 @functools.partial(
@@ -90,18 +91,20 @@ def _starts(sizes: jax.Array) -> jax.Array:
 def exchange(x_MD: jax.Array, plan: Exchange, axes: tuple[str, ...]) -> jax.Array:
     """Sends rows to their places on other devices and returns what arrives here: [rows, D].
 
+    Rows may have several dimensions, and any dtype.
+
     What arrives stands together at the beginning, and what lies behind it is undefined. The
     gradient is the exchange backwards, so that of rows that are not sent is undefined too.
     """
     me = jax.lax.axis_index(axes)
-    shape = plan.rows, x_MD.shape[1]
+    shape = plan.rows, *x_MD.shape[1:]
     send_PE, receive_PE = plan.sizes_PPE[me], plan.sizes_PPE[:, me]
     from_PE, there_PE, here_PE = plan.from_PPE[me], plan.to_PPE[me], plan.to_PPE[:, me]
 
     def ragged(x_MD, from_PE, send_PE, there_PE, receive_PE, here_PE):
         del here_PE
         slices = (a.reshape(-1) for a in (from_PE, send_PE, there_PE, receive_PE))
-        output = jax.lax.empty(shape, x_MD.dtype)
+        output = unwritten(shape, x_MD.dtype, after=x_MD[:1])
         return jax.lax.ragged_all_to_all(x_MD, output, *slices, axis_name=axes)
 
     def padded(x_MD, from_PE, send_PE, there_PE, receive_PE, here_PE):
@@ -114,7 +117,7 @@ def exchange(x_MD: jax.Array, plan: Exchange, axes: tuple[str, ...]) -> jax.Arra
         return (
             jnp.zeros(shape, x_MD.dtype)
             .at[places_PM.reshape(-1)]
-            .set(received_PMD.reshape(-1, shape[1]), mode="drop")
+            .set(received_PMD.reshape(-1, *shape[1:]), mode="drop")
         )
 
     arguments = (x_MD, from_PE, send_PE, there_PE, receive_PE, here_PE)

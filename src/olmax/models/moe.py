@@ -11,12 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, take_rows
+from kernels_pallas.grouped_matmul import (
+    choose,
+    grouped_matmul,
+    grouped_swiglu,
+    take_rows,
+    words,
+)
 from kernels_pallas.router import combine, dispatch, route
 from olmax.models import parameters
 from olmax.models.annotations import mesh_axes, on_mesh, per_device
 from olmax.models.config import DecoderConfig, Execution
 from olmax.models.expert_parallel import Exchange, exchange, exchange_plan
+from olmax.models.expert_words import experts_by_words
 from olmax.models.linear import project
 from olmax.models.mlp import MLP
 
@@ -144,14 +151,21 @@ class MoE(nnx.Module):
             # in their place afterwards is undefined. So nobody reads it.
             sent = jnp.sum(routing.counts_E)
             destinations_Tk = jnp.where(destinations_Tk < sent, destinations_Tk, rows_M.shape[0])
-            x_MD = take_rows(x_TD, rows_M, sent, destinations_Tk)
-            y_MD = self._experts_elsewhere(x_MD, plan, gate_up_ECDF, down_EFD, axes)
+            if self._takes_words(x_TD.dtype, gate_up_ECDF.shape):
+                y_TD = experts_by_words(
+                    *(x_TD, weights_Tk, gate_up_ECDF, down_EFD),
+                    *(destinations_Tk, rows_M, plan, axes),
+                )
+            else:
+                x_MD = take_rows(x_TD, rows_M, sent, destinations_Tk)
+                y_MD = self._experts_elsewhere(x_MD, plan, gate_up_ECDF, down_EFD, axes)
+                y_TD = self._combine(y_MD, destinations_Tk, weights_Tk)
         else:
             y_MD = self._experts(
                 *(x_TD, routing.counts_E, rows_M, gate_up_ECDF, down_EFD),
                 readers_Tk=destinations_Tk,
             )
-        y_TD = combine(y_MD, destinations_Tk, weights_Tk, implementation=execution.router)
+            y_TD = self._combine(y_MD, destinations_Tk, weights_Tk)
         y_TD = _sum_over(y_TD, mesh_axes("mlp", self._d_ff))
         return (
             y_TD.reshape(x_BLD.shape),
@@ -194,6 +208,16 @@ class MoE(nnx.Module):
     @property
     def _d_ff(self) -> int:
         return self.down.shape[-2]
+
+    def _combine(self, y_MD, destinations_Tk, weights_Tk):
+        return combine(y_MD, destinations_Tk, weights_Tk, implementation=self.execution.router)
+
+    def _takes_words(self, dtype, gate_up_shape: tuple[int, ...]) -> bool:
+        """Whether rows go to other devices and back as words: by our kernels, on TPUs."""
+        widths = gate_up_shape[-2:]
+        kernels = self.execution.experts or choose(dtype, widths, gathers=False)
+        combined = self.execution.router or "xla"
+        return (kernels, combined) == ("pallas_tpu", "xla") and words.suits(dtype, *widths)
 
     def _experts(
         self, x_TD, counts_E, rows_M, gate_up_ECDF, down_EFD, readers_Tk=None, expected_rows=None
