@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from kernels_pallas.grouped_matmul import words
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig
 from olmax.planning.roofline import RETILED_BYTES_PER_CYCLE
@@ -31,11 +32,13 @@ _MEMORY_SHARE = 0.35
 _REGISTER_ROWS = 8
 
 # How often a layer's rows (one for every expert of a token), and its buffers for rows from other
-# devices, are read and written in a step, and how many such buffers there are at once. After
-# OLMoE-1B-7B planned for v5p:2x2x4, 16 x 4,096: fsdp=16 0.37 s and 4.0 GiB of temporaries,
-# fsdp=2,expert=8 0.47 s and 11.1 GiB, expert=16 0.43 s and 11.9 GiB.
-_ROW_PASSES = 36
+# devices, are read and written in a step, and how many such buffers there are at once. Rows that
+# travel as words (`models/expert_words.py`) spare the buffers' copies between layouts. After
+# OLMoE-1B-7B planned for v5p:2x2x4, 16 x 4,096: fsdp=16 0.36 s and 4.0 GiB of temporaries,
+# fsdp=2,expert=8 0.30 s and 9.5 GiB (0.47 s not as words), expert=16 0.29 s and 10.9 GiB.
+_ROW_PASSES = 28
 _BUFFER_PASSES = 12
+_BUFFER_PASSES_OF_WORDS = 1
 _BUFFERS = 7
 
 
@@ -187,7 +190,9 @@ def _estimate(
         # Room for the worst case: all tokens of a group go to the experts of one device.
         copies = min(config.moe.experts_per_token * mesh.expert, config.moe.n_experts)
         buffer = 2 * tokens * config.d_model * copies
-        compute += config.n_layers * _BUFFER_PASSES * 2 * buffer / chip.hbm_bandwidth
+        as_words = words.suits("bfloat16", config.d_model, config.d_ff // mesh.tensor)
+        passes = _BUFFER_PASSES_OF_WORDS if as_words else _BUFFER_PASSES
+        compute += config.n_layers * passes * 2 * buffer / chip.hbm_bandwidth
         # Parameters outside the experts are the same in all groups, so gradients are summed.
         links += 2 * 4 * (held - in_experts / mesh.expert / mesh.fsdp) / bandwidth(mesh.expert)
         # Tokens go to their experts and back, in the forward pass, its recomputation and backward.

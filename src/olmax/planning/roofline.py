@@ -75,7 +75,7 @@ def work(
         for name in instruction.operands
         if name in computation.by_name
     ]
-    if instruction.opcode in ("dynamic-slice", "gather"):
+    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
         moved = [instruction.type, instruction.type]
     elif instruction.opcode == "dynamic-update-slice":
         moved = [operands[1], operands[1]]
