@@ -264,6 +264,18 @@ def _product_kernel(
     def lhs(part: int):
         return lhs_CRK[part] if lhs_RK is None else lhs_RK[...]
 
+    def products(place) -> list[jax.Array]:
+        """These columns of every matrix's product with its rows, float32 [R, columns]."""
+        return [
+            _dot(
+                lhs(part if mode == "sum" else 0),
+                rhs_CKJ[part, place, :] if transpose_rhs else rhs_CKJ[part, :, place],
+                ((1,), (1 if transpose_rhs else 0,)),
+                interpret,
+            )
+            for part in range(rhs_CKJ.shape[0])
+        ]
+
     def write_words(out_RJ, first: int):
         """The product's columns from `first` on: both halves of a row, or a part of one."""
         blocks = columns // (2 * LANES)
@@ -287,33 +299,18 @@ def _product_kernel(
     def compute_words():
         step = columns if columns <= CHUNKS[0] else _chunk(columns // 2, products=1)
         for first in range(0, columns, step):
-            place = pl.ds(first, step)
-            matrix = rhs_CKJ[0, place, :] if transpose_rhs else rhs_CKJ[0, :, place]
-            out_RJ = _dot(lhs(0), matrix, ((1,), (1 if transpose_rhs else 0,)), interpret)
-            for part in range(1, rhs_CKJ.shape[0]):
-                matrix = rhs_CKJ[part, place, :] if transpose_rhs else rhs_CKJ[part, :, place]
-                out_RJ += _dot(lhs(part), matrix, ((1,), (1 if transpose_rhs else 0,)), interpret)
-            write_words(out_RJ, first)
+            write_words(functools.reduce(jnp.add, products(pl.ds(first, step))), first)
 
     def compute():
         def one(index, carry):
             place = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
-            products = [
-                _dot(
-                    lhs(part if mode == "sum" else 0),
-                    rhs_CKJ[part, place, :] if transpose_rhs else rhs_CKJ[part, :, place],
-                    ((1,), (1 if transpose_rhs else 0,)),
-                    interpret,
-                )
-                for part in range(rhs_CKJ.shape[0])
-            ]
             if mode == "sum":
-                values = [functools.reduce(jnp.add, products)]
+                values = [functools.reduce(jnp.add, products(place))]
             elif mode == "swiglu":
-                gate_RJ, up_RJ = products
+                gate_RJ, up_RJ = products(place)
                 values = [gate_RJ * jax.nn.sigmoid(gate_RJ) * up_RJ]
             else:
-                gate_RJ, up_RJ = products
+                gate_RJ, up_RJ = products(place)
                 d_h_RJ = d_hidden_RJ[:, place].astype(jnp.float32)
                 sigmoid_RJ = jax.nn.sigmoid(gate_RJ)
                 d_gate_RJ = d_h_RJ * up_RJ * sigmoid_RJ * (1 + gate_RJ * (1 - sigmoid_RJ))
