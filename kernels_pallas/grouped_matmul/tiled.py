@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.xla_cpu import row_major
 
-TILES = (64, 32)
+TILES = (256, 128, 64, 32)
 """Rows of a tile, largest first: the first with two tiles in the average group."""
 
 
