@@ -33,6 +33,7 @@ CASES = {
     "all empty": (9, 70, (0, 0), 8, 8, True),
     "no rows": (9, 0, (0, 0), 8, 8, True),
     "many small groups": (64, 300, tuple(i * 7 % 17 for i in range(40)), 16, 8, True),
+    "ends in tiles of every size": (50, 900, (257, 129, 96, 65, 64, 32, 1), 8, 16, True),
 }
 
 
