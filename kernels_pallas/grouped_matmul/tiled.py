@@ -172,14 +172,16 @@ def _d_silu_times(gate_up_PRC, d_h_PRF) -> jax.Array:
     return jnp.concatenate([d_gate, d_h_PRF * gate * sigmoid], axis=2)
 
 
-def _side_by_side(gate_up_2KF) -> jax.Array:
-    """Gate and up as columns of one matrix, [K, 2 F]."""
-    return jnp.concatenate([*gate_up_2KF], axis=1)
+def _side_by_side(gate_up_P2KF) -> jax.Array:
+    """Gate and up as columns of one matrix, [P, K, 2 F]."""
+    groups, _, rows, _ = gate_up_P2KF.shape
+    return jnp.swapaxes(gate_up_P2KF, 1, 2).reshape(groups, rows, -1)
 
 
 def _apart(gate_up_PKC) -> jax.Array:
     """The reverse, [P, 2, K, F]."""
-    return jnp.stack(jnp.split(gate_up_PKC, 2, axis=2), axis=1)
+    groups, rows, _ = gate_up_PKC.shape
+    return jnp.swapaxes(gate_up_PKC.reshape(groups, rows, 2, -1), 1, 2)
 
 
 def _gradient(lhs, rows_M) -> jax.Array:

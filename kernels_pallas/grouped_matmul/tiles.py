@@ -59,12 +59,10 @@ class Step:
         self.stop_P = jnp.where(index_P <= last, tiles.stop_G[self.group_P], self.start_P)
 
     def matrices(self, rhs, dtype, arrange: Callable[[jax.Array], jax.Array] = lambda x: x):
-        """The groups' matrices [P, ...], each as `arrange` gives it, apart from what reads them."""
-        parts = [
-            arrange(jax.lax.dynamic_index_in_dim(rhs, self.group_P[p], keepdims=False))
-            for p in range(ABREAST)
-        ]
-        return jax.lax.optimization_barrier(jnp.stack(parts).astype(dtype))
+        """The groups' matrices [P, ...], as `arrange` gives them, apart from what reads them."""
+        # A gather: the arrangement happens on the way, in one pass over a matrix instead of three.
+        matrices_P = rhs.at[self.group_P].get(mode="promise_in_bounds")
+        return jax.lax.optimization_barrier(arrange(matrices_P).astype(dtype))
 
     def put(self, out, matrices) -> jax.Array:
         """`out` [G, ...] with the groups' matrices [P, ...]."""
