@@ -30,8 +30,17 @@ def compiling_for(name: str) -> Iterator[None]:
 
 def check_tpu(op: str, interpret: Any) -> None:
     """Raises a ValueError where a TPU kernel is neither compiled for a TPU nor interpreted."""
-    if not interpret and platform() != "tpu":
+    _check(op, "tpu", "TPU", interpret)
+
+
+def check_gpu(op: str, interpret: Any) -> None:
+    """Raises a ValueError where a GPU kernel is neither compiled for a GPU nor interpreted."""
+    _check(op, "gpu", "GPU", interpret)
+
+
+def _check(op: str, needed: str, name: str, interpret: Any) -> None:
+    if not interpret and platform() != needed:
         raise ValueError(
-            f"{op}: implementation 'pallas_tpu' cannot run on {platform()}; it needs a TPU or "
-            "interpret=True (kernels_pallas.targets.compiling_for compiles ahead of time)"
+            f"{op}: implementation 'pallas_{needed}' cannot run on {platform()}; it needs a {name} "
+            "or interpret=True (kernels_pallas.targets.compiling_for compiles ahead of time)"
         )

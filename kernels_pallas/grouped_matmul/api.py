@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas import targets
-from kernels_pallas.grouped_matmul import pallas_tpu, ragged, reference, tiled
+from kernels_pallas.grouped_matmul import pallas_gpu, pallas_tpu, ragged, reference, tiled
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "tiled": tiled,
     "ragged": ragged,
     "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
 }
 
-PER_DEVICE = frozenset({"tiled", "pallas_tpu"})
+PER_DEVICE = frozenset({"tiled", "pallas_tpu", "pallas_gpu"})
 """Implementations the compiler cannot cut over a mesh: sharded callers use `jax.shard_map`."""
 
 
@@ -25,7 +26,9 @@ def choose(dtype: DTypeLike, widths: tuple[int, ...], *, gathers: bool) -> str:
     """The best implementation where the program will run, for rows of `dtype` that are gathered or
     not, and matrices of these two widths, the contracted one first.
 
-    On TPUs our kernels where they take these, in programs for one device or inside `shard_map`.
+    On TPUs our kernels where they take these, in programs for one device or inside `shard_map`. On
+    GPUs the loops: as compiled for an H100, `jax.lax.ragged_dot` multiplies all rows with all
+    matrices, in memory that no GPU has (README.md), and our kernels have not run on one.
     """
     backend = targets.platform()
     if backend == "tpu":
@@ -34,7 +37,7 @@ def choose(dtype: DTypeLike, widths: tuple[int, ...], *, gathers: bool) -> str:
         dtype = str(jnp.dtype(dtype))
         reason = pallas_tpu.unsupported(dtype, widths, widths[0] if gathers else None)
         return "ragged" if reason else "pallas_tpu"
-    return "tiled" if backend == "cpu" else "ragged"
+    return "tiled"
 
 
 def grouped_matmul(
@@ -70,17 +73,21 @@ def grouped_matmul(
       expected_rows: how many rows all groups together will have, about, where M is only a bound for
         that (rows from other devices): tiles are chosen, and the cost is declared, for so many.
       preferred_element_type: dtype of the result; lhs's when None.
-      implementation: `reference` (G times the work), `tiled` (loops; CPUs), `ragged`
-        (`jax.lax.ragged_dot`; never run on a GPU here), `pallas_tpu` (float32 and bfloat16, widths
-        in multiples of 128, of 256 for bfloat16 rows to gather), or None for the best one here.
-      interpret: for `pallas_tpu` without a TPU: True, or `pltpu.InterpretParams` to simulate one.
+      implementation: `reference` (G times the work), `tiled` (loops; CPUs and GPUs), `ragged`
+        (`jax.lax.ragged_dot`; on CPUs and GPUs G times the work and memory), `pallas_tpu` (float32
+        and bfloat16, widths in multiples of 128, of 256 for bfloat16 rows to gather), `pallas_gpu`
+        (Hopper; bfloat16 and float16, widths in multiples of 64; never run on a GPU), or None for
+        the best one here.
+      interpret: for `pallas_tpu` without a TPU and `pallas_gpu` without a GPU: True, or
+        `pltpu.InterpretParams` or `plgpu.InterpretGPUParams` to simulate one.
 
     Returns:
       [M, N].
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that does not exist or
-        cannot take them; `pallas_tpu` without `interpret` in a program that is not for TPUs.
+        cannot take them; `pallas_tpu` and `pallas_gpu` without `interpret` in a program that is
+        not for TPUs or GPUs.
     """
     op = "grouped_matmul"
     _check_floats(op, lhs=lhs, rhs=rhs)
@@ -209,8 +216,9 @@ def _module(op: str, implementation: str) -> ModuleType:
 def _interpret(op: str, implementation: str, interpret: Any) -> dict[str, Any]:
     if not interpret:
         return {}
-    if implementation != "pallas_tpu":
+    if implementation not in ("pallas_tpu", "pallas_gpu"):
         raise ValueError(
-            f"{op}: interpret is for implementation 'pallas_tpu', not {implementation!r}"
+            f"{op}: interpret is for implementations 'pallas_tpu' and 'pallas_gpu', "
+            f"not {implementation!r}"
         )
     return {"interpret": interpret}

@@ -1,5 +1,5 @@
-"""Static schedules of the TPU kernels beside jax's megablox, and times on CPUs beside
-`jax.lax.ragged_dot`.
+"""Static schedules of the TPU kernels beside jax's megablox; what is compiled for a GPU, and times
+on CPUs (and GPUs), beside `jax.lax.ragged_dot`.
 """
 
 import functools
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import gpu_compiler
 from kernels_pallas.benchmark import Row
 from kernels_pallas.grouped_matmul import pallas_tpu, pallas_tpu_kernels
-from kernels_pallas.grouped_matmul.api import grouped_matmul
+from kernels_pallas.grouped_matmul.api import grouped_matmul, grouped_swiglu
 from kernels_pallas.schedule import CompilationError, Kernel, compile_for
 
 # One OLMoE-1B-7B layer on 4 sequences of 4096 tokens.
@@ -68,6 +69,42 @@ def _swiglu(which: str):
     if which == "swiglu":
         return forward, (x, gate_up, sizes, rows)
     return backward, (x, gate_up, sizes, rows, _bf16(ROWS, HIDDEN))
+
+
+def layer_for_gpus(implementation: str):
+    """Both halves of the experts of a layer, forward and backward; for
+    `kernels_pallas.gpu_compiler`.
+    """
+
+    def run(x, gate_up, down, sizes, rows_M, readers_Tr, d_y):
+        def layer(x, gate_up, down):
+            h = grouped_swiglu(
+                x,
+                gate_up,
+                sizes,
+                rows_M=rows_M,
+                readers_Tr=readers_Tr,
+                implementation=implementation,
+            )
+            return grouped_matmul(h, down, sizes, implementation=implementation)
+
+        y, pull = jax.vjp(layer, x, gate_up, down)
+        return y, pull(d_y)
+
+    matrices = _bf16(GROUPS, 2, WIDTH, HIDDEN), _bf16(GROUPS, HIDDEN, WIDTH)
+    integers = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((GROUPS,), (ROWS,), (TOKENS, SLOTS)))
+    return run, (_bf16(TOKENS, WIDTH), *matrices, *integers, _bf16(ROWS, WIDTH))
+
+
+def weight_gradient(implementation: str):
+    """The gradient of [64, 2048, 1024] from rows and their gradients."""
+
+    def run(lhs, rhs, sizes, d_out):
+        product = functools.partial(grouped_matmul, implementation=implementation)
+        return jax.vjp(lambda rhs: product(lhs, rhs, sizes), rhs)[1](d_out)
+
+    rhs, sizes = _bf16(GROUPS, WIDTH, HIDDEN), jax.ShapeDtypeStruct((GROUPS,), jnp.int32)
+    return run, (_bf16(ROWS, WIDTH), rhs, sizes, _bf16(ROWS, HIDDEN))
 
 
 def megablox(which: str):
@@ -133,7 +170,62 @@ def rows() -> Iterator[Row]:
                 baseline and baseline.temp_bytes / 2**20,
                 "megablox",
             )
+    yield from _gpu_rows()
     yield from _cpu_rows()
+
+
+def _gpu_rows() -> Iterator[Row]:
+    """Memory and registers as compiled for a GPU; the speed of our weight gradient where there is
+    one.
+    """
+    case = f"layer, forward + backward, {TOKENS} tokens, {SLOTS} of {GROUPS} experts, "
+    row = functools.partial(Row, OP, f"{case}{WIDTH} x {HIDDEN}, bf16", "H100, compiled")
+    if gpu_compiler.available():
+        target = f"{__name__}:layer_for_gpus"
+        ours, loops, xla = (
+            gpu_compiler.compile_for(target, implementation=name)
+            for name in ("pallas_gpu", "tiled", "ragged")
+        )
+        for program, note in ((ours, "`pallas_gpu`"), (loops, "`tiled`, the default there")):
+            value, baseline = program.temp_bytes / 2**20, xla.temp_bytes / 2**20
+            yield row("temporaries, MiB", value, baseline, "jax.lax.ragged_dot", note)
+        for cells in gpu_compiler.cells(ours):
+            yield row(**cells)
+    else:
+        yield row("temporaries, MiB", None, note="`make gpu-compiler` is not built")
+    row = functools.partial(
+        Row, OP, f"drhs, [{ROWS}, {WIDTH}] x [{GROUPS}, {WIDTH}, {HIDDEN}] bf16"
+    )
+    if jax.default_backend() != "gpu":
+        note = "not run, no GPU here; `tiled` is the default, `pallas_gpu` never ran on one"
+        yield row("GPU", "TFLOP/s", None, against="tiled", note=note)
+        return
+    value, baseline = (_gradient_speed(name) for name in ("pallas_gpu", "tiled"))
+    note = "`pallas_gpu` beside `tiled`, the default there"
+    yield row(jax.devices()[0].device_kind, "TFLOP/s", value, baseline, "tiled", note)
+
+
+def _gradient_speed(implementation: str, repeats: int = 10) -> float:
+    """TFLOP/s of `weight_gradient` on this machine's GPU, the best of `repeats`; a multinomial
+    draw of the groups' sizes.
+    """
+    run, shapes = weight_gradient(implementation)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    lhs, rhs, d_out = (
+        jax.random.normal(key, shape.shape, shape.dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+        if shape.dtype == jnp.bfloat16
+    )
+    drawn = np.random.default_rng(0).multinomial(ROWS, np.ones(GROUPS) / GROUPS)
+    arguments = (lhs, rhs, jnp.asarray(drawn, jnp.int32), d_out)
+    compiled = jax.jit(run).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return 2 * ROWS * WIDTH * HIDDEN / min(seconds) / 1e12
 
 
 def bundles_per_tile(kernel: Kernel) -> int:

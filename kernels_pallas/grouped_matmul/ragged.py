@@ -1,6 +1,8 @@
-"""`jax.lax.ragged_dot`, XLA's own grouped product; the default on GPUs, where none was at hand to
-run it on.
+"""`jax.lax.ragged_dot`, XLA's own grouped product: a kernel of the compiler's on TPUs, where it is
+the default for what ours do not take. Elsewhere it multiplies every row with every matrix.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,18 @@ def grouped_matmul(
 
 
 def grouped_swiglu(
-    x_TK, gate_up_GCKF, group_sizes_G, *, rows_M=None, readers_Tr=None, expected_rows=None
+    x_TK,
+    gate_up_GCKF,
+    group_sizes_G,
+    *,
+    rows_M=None,
+    readers_Tr=None,
+    expected_rows=None,
+    product: Callable[..., jax.Array] = grouped_matmul,
 ) -> jax.Array:
-    """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
+    """See `kernels_pallas.grouped_matmul.grouped_swiglu`; `product` multiplies the rows."""
     groups, _, width_in, width = gate_up_GCKF.shape
-    gate_up_MP = grouped_matmul(
+    gate_up_MP = product(
         x_TK,
         jnp.swapaxes(gate_up_GCKF, 1, 2).reshape(groups, width_in, 2 * width),
         group_sizes_G,

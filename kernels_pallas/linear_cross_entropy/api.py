@@ -6,13 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import targets as platforms
-from kernels_pallas.linear_cross_entropy import chunked, pallas_tpu, reference, saved
+from kernels_pallas.linear_cross_entropy import (
+    chunked,
+    pallas_gpu,
+    pallas_tpu,
+    reference,
+    saved,
+)
 
 IMPLEMENTATIONS = {
     "reference": reference.linear_cross_entropy,
     "chunked": chunked.linear_cross_entropy,
     "saved": saved.linear_cross_entropy,
     "pallas_tpu": pallas_tpu.linear_cross_entropy,
+    "pallas_gpu": pallas_gpu.linear_cross_entropy,
 }
 
 
@@ -52,7 +59,8 @@ def linear_cross_entropy(
     """Cross-entropy of the logits x @ w against integer targets.
 
     Args:
-      x: hidden states [T, D], float32, bfloat16 or float16 (`pallas_tpu`: not float16).
+      x: hidden states [T, D], float32, bfloat16 or float16 (`pallas_tpu`: not float16;
+        `pallas_gpu`: not float32).
       w: output matrix [D, V]; cast to x's dtype for the product, which accumulates in float32.
       targets: int32 [T], each in 0 .. V - 1 or `ignore_index`.
       z_loss: adds z_loss * lse^2 to the loss.
@@ -62,10 +70,11 @@ def linear_cross_entropy(
       vocab_axes: names of the mapped axes (`jax.shard_map`) that V is cut over. w then holds this
         device's columns, in the order of the axis index; targets still count over the whole V.
       implementation: `reference` (materialises [T, V]), `chunked` (computes logits twice), `saved`
-        (keeps [T, V] in x's dtype; no `vocab_axes`), `pallas_tpu` (logits stay in VMEM; TPUs), or
-        None for the best one here.
-      interpret: `pallas_tpu` without a TPU: True, or `pltpu.InterpretParams(...)` to simulate its
-        memories.
+        (keeps [T, V] in x's dtype; no `vocab_axes`), `pallas_tpu` (logits stay in VMEM; TPUs),
+        `pallas_gpu` (logits stay in registers; Hopper, never run on one here), or None for the
+        best one here.
+      interpret: `pallas_tpu` without a TPU, `pallas_gpu` without a GPU: True, or
+        `pltpu.InterpretParams(...)`, `plgpu.InterpretGPUParams(...)` to simulate its memories.
 
     Returns:
       (loss, lse), float32 [T]: -log p(target), in nats, plus z-loss, and the log-sum-exp of the
@@ -73,7 +82,7 @@ def linear_cross_entropy(
 
     Raises:
       ValueError: shapes, dtypes or settings that are not as above, an unknown implementation, or
-        `pallas_tpu` in a program that is not for TPUs, without `interpret`.
+        `pallas_tpu` (`pallas_gpu`) in a program that is not for TPUs (GPUs), without `interpret`.
     """
     _check(x, w, targets, soft_cap)
     if implementation is None:
@@ -87,10 +96,10 @@ def linear_cross_entropy(
         )
     options = {}
     if interpret:
-        if implementation != "pallas_tpu":
+        if implementation not in ("pallas_tpu", "pallas_gpu"):
             raise ValueError(
-                "linear_cross_entropy: interpret is for implementation 'pallas_tpu', "
-                f"not {implementation!r}"
+                "linear_cross_entropy: interpret is for implementations 'pallas_tpu' and "
+                f"'pallas_gpu', not {implementation!r}"
             )
         options["interpret"] = interpret
     counts_T = None

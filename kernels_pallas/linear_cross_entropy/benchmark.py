@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from kernels_pallas import gpu_compiler
 from kernels_pallas.benchmark import Row
 from kernels_pallas.linear_cross_entropy import pallas_tpu
 from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy
@@ -107,30 +108,58 @@ def rows() -> Iterator[Row]:
             baseline=estimate and estimate / 1e6,
             note="one core; schedule of ours, the compiler's estimate for XLA's",
         )
+    yield from compiled_for_gpus(row)
     yield from on_gpu(row)
 
 
-def on_gpu(row) -> Iterator[Row]:
-    """Time and memory of the default beside the materialised loss, where there is a GPU."""
-    if jax.default_backend() != "gpu":
-        for metric in ("ms", "temporaries, MiB"):
-            yield row(
-                device="GPU",
-                metric=metric,
-                value=None,
-                against="XLA, materialised",
-                note="`chunked` (XLA) is the default there; not run, no GPU here",
-            )
+def compiled_for_gpus(row) -> Iterator[Row]:
+    """Memory of both implementations for GPUs, and registers of our kernels."""
+    target = f"{__name__}:forward_backward"
+    row = functools.partial(row, device="H100, compiled")
+    if not gpu_compiler.available():
+        yield row(metric="temporaries, MiB", value=None, note="`make gpu-compiler` is not built")
         return
-    milliseconds, mebibytes = zip(*map(_measured, ("chunked", "reference")), strict=True)
-    for metric, (value, baseline) in (("ms", milliseconds), ("temporaries, MiB", mebibytes)):
+    ours, chunked, whole = (
+        gpu_compiler.compile_for(target, implementation=name)
+        for name in ("pallas_gpu", "chunked", "reference")
+    )
+    for program, note in ((ours, "`pallas_gpu`"), (chunked, "`chunked`, the default there")):
         yield row(
-            device=jax.devices()[0].device_kind,
-            metric=metric,
-            value=value,
-            baseline=baseline,
+            metric="temporaries, MiB",
+            value=program.temp_bytes / 2**20,
+            baseline=whole.temp_bytes / 2**20,
             against="XLA, materialised",
+            note=note,
         )
+    yield from (row(**cells) for cells in gpu_compiler.cells(ours))
+
+
+def on_gpu(row) -> Iterator[Row]:
+    """Time and memory beside the materialised loss, where there is a GPU."""
+    if jax.default_backend() != "gpu":
+        yield row(
+            device="GPU",
+            metric="ms",
+            value=None,
+            against="XLA, materialised",
+            note="not run, no GPU here; `pallas_gpu` never ran on one and is not the default",
+        )
+        return
+    baseline_ms, baseline_mebibytes = _measured("reference")
+    for name in ("pallas_gpu", "chunked"):
+        milliseconds, mebibytes = _measured(name)
+        for metric, value, baseline in (
+            ("ms", milliseconds, baseline_ms),
+            ("temporaries, MiB", mebibytes, baseline_mebibytes),
+        ):
+            yield row(
+                device=jax.devices()[0].device_kind,
+                metric=metric,
+                value=value,
+                baseline=baseline,
+                against="XLA, materialised",
+                note=f"`{name}`",
+            )
 
 
 def _measured(implementation: str, repeats: int = 10) -> tuple[float, float]:
