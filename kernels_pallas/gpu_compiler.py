@@ -220,14 +220,18 @@ def parse(output: str) -> list[GpuKernel]:
 
 
 def cells(program: GpuProgram) -> Iterator[dict]:
-    """Of a program's kernels for the table of `kernels_pallas.benchmark`: a line for each."""
-    for kernel in dict.fromkeys(program.kernels):
-        yield dict(
-            metric=f"registers, `{kernel.name}`",
-            value=kernel.registers,
-            note=f"{kernel.spill_bytes} bytes of spills, {kernel.shared_bytes / 1024:.0f} KiB of "
-            f"shared memory, wgmma {'serialized' if kernel.serialized else 'in flight'}",
+    """Of a program's kernels for the table of `kernels_pallas.benchmark`, alike ones once."""
+    lines = [
+        (
+            kernel.name,
+            kernel.registers,
+            f"{kernel.spill_bytes} bytes of spills, {kernel.shared_bytes / 1024:.0f} KiB of shared "
+            f"memory, wgmma {'serialized' if kernel.serialized else 'in flight'}",
         )
+        for kernel in program.kernels
+    ]
+    for name, registers, note in dict.fromkeys(lines):
+        yield dict(metric=f"registers, `{name}`", value=registers, note=note)
 
 
 def _answer(request: dict) -> dict:

@@ -101,12 +101,12 @@ class Meshes:
     def run(self) -> Table:
         """Makes the missing rows."""
         from olmax.models.presets import get_preset
-        from olmax.planning import proposal
+        from olmax.planning import proposal, trial
         from olmax.planning.topology import Topology
 
         config, topology = get_preset(self.model), Topology.parse(self.topology)
         question = (config, topology, self.batch_size, self.sequence_length)
-        proposed = proposal.text_of(proposal.propose(*question).mesh)
+        ranked = [proposal.text_of(mesh) for mesh in proposal.propose(*question).meshes]
         rows = Rows(self.output)
         asked = dict(
             model=self.model,
@@ -129,6 +129,8 @@ class Meshes:
                 rows.add(plan | {"mesh_text": mesh})
         found = [row for row in rows.all if all(row[key] == asked[key] for key in asked)]
         found.sort(key=lambda row: (not row["fits"], row["step_seconds"] or 0))
+        # As `olmax plan` chooses, of those it tries.
+        tried = [row["mesh_text"] for row in found if row["mesh_text"] in ranked[: trial.TRIED]]
         columns = [
             Column("mesh", align="left"),
             Column("", align="left"),
@@ -140,7 +142,7 @@ class Meshes:
         cells = [
             [
                 row["mesh_text"],
-                ("proposed" if row["mesh_text"] == proposed else "")
+                ("proposed" if row["mesh_text"] == tried[0] else "")
                 + ("" if row["fits"] else "does not fit"),
                 row["per_device_bytes"]["total"] / GIB,
                 None if row["cycles"] is None else row["cycles"] / 1e6,

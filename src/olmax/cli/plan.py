@@ -28,7 +28,8 @@ class Plan:
     sequence_length: int = 4096
     """Tokens of a sequence."""
     mesh: str | None = None
-    """Devices along the mesh axes, such as fsdp=32,tensor=2; proposed when left out."""
+    """Devices along the mesh axes, such as fsdp=32,tensor=2; when left out, the quickest of a few
+    that are planned quickly."""
     slices: int = 1
     """Slices of this topology, joined by the data-centre network."""
     remat: Literal["none", "full", "dots", "projections"] = "full"
@@ -97,7 +98,11 @@ class Plan:
             price_per_chip_hour=self.price_per_chip_hour,
             keep_program=self.program,
         )
-        plan, interrupted = _last(plans, quick=self.quick)
+        plan, interrupted = _last(
+            plans,
+            quick=self.quick,
+            doing="compiling" if self.mesh else "comparing meshes",
+        )
         from olmax.planning import view
         from olmax.reporting.files import write_json
 
@@ -119,14 +124,14 @@ class Plan:
             raise KeyboardInterrupt
 
 
-def _last(plans: Generator[dict], *, quick: bool) -> tuple[dict, bool]:
+def _last(plans: Generator[dict], *, quick: bool, doing: str = "compiling") -> tuple[dict, bool]:
     """The last of the plans that come, or the first; and whether one was not waited for."""
     from rich.console import Console
 
     from olmax.planning import view
 
     progress = Console(stderr=True, soft_wrap=True)
-    with contextlib.closing(plans), progress.status("compiling") as status:
+    with contextlib.closing(plans), progress.status(doing) as status:
         plan = next(plans)
         if quick or not plan["quick"]:
             return plan, False
@@ -140,7 +145,7 @@ def _last(plans: Generator[dict], *, quick: bool) -> tuple[dict, bool]:
 
 
 def make(model: str, topology: str, *, slices: int = 1, outputs=(), **settings) -> Generator[dict]:
-    """Plans as plain JSON types, quick and whole (see `olmax.planning.staged.stages`); checks
+    """Plans as plain JSON types, quick and whole (see `olmax.planning.trial.stages`); checks
     `outputs` first.
 
     Args:
@@ -164,7 +169,7 @@ def make(model: str, topology: str, *, slices: int = 1, outputs=(), **settings) 
 
     get_preset(model)
 
-    from olmax.planning.staged import stages
+    from olmax.planning.trial import stages
     from olmax.reporting.files import jsonable
 
     request = dict(model=model, topology=where, **settings)

@@ -34,6 +34,10 @@ _POLL_SECONDS = 0.1
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+class MeshError(UserError):
+    """The step cannot be compiled or read for this mesh; another one may do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """What the compiler says of a step, bytes per device."""
@@ -79,7 +83,7 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
     """Compiles a step for the devices of its mesh.
 
     Raises:
-      UserError: the compiler refuses it for another reason than memory.
+      MeshError: the compiler refuses it for another reason than memory.
     """
     start = time.monotonic()
     lowered, arguments = _lowered(step, batch_size, seq_len)
@@ -119,7 +123,7 @@ class Compilation:
         """Waits for the program without machine code; or for the end, if that comes first.
 
         Raises:
-          UserError: the compiler refuses it for another reason than memory.
+          MeshError: the compiler refuses it for another reason than memory.
         """
         while True:
             with contextlib.suppress(concurrent.futures.TimeoutError):
@@ -139,7 +143,7 @@ class Compilation:
         """Waits for the end.
 
         Raises:
-          UserError: the compiler refuses it for another reason than memory.
+          MeshError: the compiler refuses it for another reason than memory.
         """
         try:
             compiled = self._compiled.result()
@@ -180,7 +184,7 @@ def _refused(error: Exception, arguments: int, start: float) -> CompiledStep:
     size = _needed(message, arguments)
     reason = message.strip().splitlines()[0]
     if size is None:
-        raise UserError(f"the TPU compiler refuses this step: {reason[:300]}") from error
+        raise MeshError(f"the TPU compiler refuses this step: {reason[:300]}") from error
     return CompiledStep(
         "",
         timed=False,
@@ -213,6 +217,12 @@ def device_bytes(tree: Any) -> int:
         * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def check_sizes(batch_size: int, seq_len: int, accumulation: int) -> None:
+    """Raises a UserError for sizes that are no sizes."""
+    if batch_size < 1 or seq_len < 1 or accumulation < 1:
+        raise UserError("batch size, sequence length and accumulation must be at least 1")
 
 
 def check(model: DecoderConfig, mesh: Mesh, batch_size: int, seq_len: int, accumulation: int):

@@ -12,7 +12,7 @@ from olmax import sharding
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig, Execution
 from olmax.models.presets import get_preset
-from olmax.planning import advice, calibration, compilation, cost, memory, proposal, staged
+from olmax.planning import advice, calibration, compilation, cost, memory, trial
 from olmax.planning.topology import Topology
 from olmax.training.step import TrainStep
 
@@ -120,7 +120,7 @@ def plan(
       topology: TPU slices.
       batch_size: sequences of one update.
       sequence_length: tokens of a sequence.
-      mesh: such as `fsdp=32,tensor=2`; proposed when None.
+      mesh: such as `fsdp=32,tensor=2`; when None, the quickest of those that `trial` compiles.
       remat: see `Execution.remat`.
       accumulation: micro-batches.
       tokens: length of the run.
@@ -144,9 +144,10 @@ def plan(
         price_per_chip_hour=price_per_chip_hour,
         keep_program=keep_program,
     )
-    if quick:
-        with contextlib.closing(staged.stages(request)) as stages:
-            return next(stages)
+    if quick or mesh is None:
+        with contextlib.closing(trial.stages(request)) as stages:
+            first = next(stages)
+            return first if quick or not first.quick else next(stages)
     prepared = prepare(**request)
     compiled = compilation.compile_step(prepared.step, batch_size, sequence_length)
     return answer(prepared, compiled)
@@ -178,14 +179,15 @@ def prepare(
     *,
     batch_size: int,
     sequence_length: int,
-    mesh: str | None,
+    mesh: str,
     remat: str,
     accumulation: int,
     tokens: float,
     price_per_chip_hour: float | None,
     keep_program: str | None,
+    mesh_reason: str = "given",
 ) -> Prepared:
-    """Checks what `plan` is asked, proposes a mesh if none is given, and builds the step.
+    """Checks what `plan` is asked, and builds the step.
 
     Raises:
       UserError: the input does not fit together, or libtpu is missing.
@@ -193,24 +195,16 @@ def prepare(
     start = time.monotonic()
     name = model if isinstance(model, str) else "custom"
     config = get_preset(model) if isinstance(model, str) else model
-    if batch_size < 1 or sequence_length < 1 or accumulation < 1:
-        raise UserError("batch size, sequence length and accumulation must be at least 1")
+    compilation.check_sizes(batch_size, sequence_length, accumulation)
     if tokens <= 0:
         raise UserError(f"tokens must be positive, is {tokens:g}")
     if price_per_chip_hour is not None and not price_per_chip_hour >= 0:
         raise UserError(f"price per chip-hour must be 0 or more, is {price_per_chip_hour:g}")
     chip = topology.chip
     devices = topology.devices()
-    reason = "given"
-    if mesh is None:
-        proposed = proposal.propose(
-            config, topology, batch_size, sequence_length, accumulation=accumulation
-        )
-        mesh_config, reason = proposed.mesh, proposed.reason
-    else:
-        mesh_config = sharding.MeshConfig.parse(mesh)
-        if topology.slices > 1 and mesh_config.slices == 1:
-            mesh_config = dataclasses.replace(mesh_config, slices=topology.slices)
+    mesh_config = sharding.MeshConfig.parse(mesh)
+    if topology.slices > 1 and mesh_config.slices == 1:
+        mesh_config = dataclasses.replace(mesh_config, slices=topology.slices)
     on = sharding.make_mesh(mesh_config, devices)
     compilation.check(config, on, batch_size, sequence_length, accumulation)
     # As the trainer on TPUs: every implementation is its own choice.
@@ -230,7 +224,7 @@ def prepare(
         config=config,
         topology=topology,
         mesh=on,
-        mesh_reason=reason,
+        mesh_reason=mesh_reason,
         step=step,
         batch_size=batch_size,
         sequence_length=sequence_length,
@@ -342,7 +336,7 @@ def step_costs(text: str, mesh, topology: Topology, *, estimate: bool = False) -
             "olmax/planning/kernels.py"
         ) from error
     except ValueError as error:
-        raise UserError(
+        raise compilation.MeshError(
             f"the step compiles for this mesh, but its time cannot be read: {error}; "
             "try another mesh"
         ) from error

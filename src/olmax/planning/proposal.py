@@ -1,6 +1,6 @@
-"""Choosing a mesh without compiling: a coarse model of memory and links ranks those possible.
+"""Ranking meshes without compiling, by a coarse model of memory and links.
 
-The model only has to put meshes in order; the compiled program gives the numbers of a plan.
+The model only has to put meshes about in order: `trial` compiles the first few.
 """
 
 import dataclasses
@@ -59,10 +59,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """The mesh to take, and why."""
+    """The meshes to take, the best by estimate first, and why that one is."""
 
-    mesh: MeshConfig
+    meshes: tuple[MeshConfig, ...]
     reason: str
+
+    @property
+    def mesh(self) -> MeshConfig:
+        return self.meshes[0]
 
 
 def propose(
@@ -73,7 +77,7 @@ def propose(
     *,
     accumulation: int = 1,
 ) -> Proposal:
-    """The quickest mesh that fits by estimate; the one with the least memory if none does.
+    """Those that fit by estimate, the quickest first; the one with the least memory if none does.
 
     Raises:
       UserError: no mesh divides the batch and the model.
@@ -94,7 +98,7 @@ def propose(
             f"none of {len(found)} possible meshes fits by estimate; this one needs the least "
             f"({best.bytes / 2**30:.1f} GiB a device)"
         )
-        return Proposal(best.mesh, reason)
+        return Proposal((best.mesh,), reason)
     ordered = sorted(fitting, key=lambda c: (c.seconds, c.bytes))
     best = ordered[0]
     reason = (
@@ -107,7 +111,7 @@ def propose(
             f"; next {text_of(other.mesh)} with {other.compute_seconds:.2f} and "
             f"{other.link_seconds:.2f} s"
         )
-    return Proposal(best.mesh, reason)
+    return Proposal(tuple(candidate.mesh for candidate in ordered), reason)
 
 
 def text_of(mesh: MeshConfig) -> str:

@@ -49,8 +49,8 @@ def stages(request: dict[str, Any]) -> Generator["Plan"]:
                 errors.seek(0)
                 text = errors.read().decode(errors="replace")
                 raise RuntimeError(f"planning failed:\n{text[-2000:]}") from None
-            if isinstance(answer, str):
-                raise UserError(answer)
+            if isinstance(answer, UserError):
+                raise answer
             yield dataclasses.replace(answer, plan_seconds=time.monotonic() - start)
             if not answer.quick:
                 return
@@ -105,7 +105,7 @@ def _main(folder: str) -> None:
         if first.quick:
             send(answer(prepared, running.finished()))
     except UserError as error:
-        send(str(error))
+        send(error)
     except BaseException:
         traceback.print_exc()
         status = 1
