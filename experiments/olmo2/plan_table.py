@@ -106,7 +106,7 @@ class Meshes:
 
         config, topology = get_preset(self.model), Topology.parse(self.topology)
         question = (config, topology, self.batch_size, self.sequence_length)
-        ranked = [proposal.text_of(mesh) for mesh in proposal.propose(*question).meshes]
+        worth_trying = trial.worth_trying(proposal.propose(*question).meshes)
         rows = Rows(self.output)
         asked = dict(
             model=self.model,
@@ -130,7 +130,8 @@ class Meshes:
         found = [row for row in rows.all if all(row[key] == asked[key] for key in asked)]
         found.sort(key=lambda row: (not row["fits"], row["step_seconds"] or 0))
         # As `olmax plan` chooses, of those it tries.
-        tried = [row["mesh_text"] for row in found if row["mesh_text"] in ranked[: trial.TRIED]]
+        names = [proposal.text_of(mesh) for mesh in worth_trying]
+        tried = [row["mesh_text"] for row in found if row["mesh_text"] in names]
         columns = [
             Column("mesh", align="left"),
             Column("", align="left"),

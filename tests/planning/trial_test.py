@@ -48,9 +48,9 @@ MESHES = tuple(
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The requests that reach the compiler; quick steps take 3, 2, 9 and 1 s."""
+    """The requests that reach the compiler; quick steps take 3, 2, 1 and 9 s."""
     requests = []
-    seconds = dict(zip(map(proposal.text_of, MESHES), (3.0, 2.0, 9.0, 1.0), strict=True))
+    seconds = dict(zip(map(proposal.text_of, MESHES), (3.0, 2.0, 1.0, 9.0), strict=True))
 
     def stages(request):
         requests.append(request)
@@ -78,14 +78,35 @@ def meshes(requests):
     return [request["mesh"] for request in requests]
 
 
-def test_the_quickest_of_the_first_three_is_planned(asked):
+def test_two_are_tried_and_one_that_cuts_otherwise():
+    def tried(*texts):
+        found = trial.worth_trying([MeshConfig.parse(text) for text in texts])
+        return [proposal.text_of(mesh) for mesh in found]
+
+    assert tried("fsdp=4", "data=2,fsdp=2", "fsdp=2,tensor=2") == [
+        "fsdp=4",
+        "data=2,fsdp=2",
+        "fsdp=2,tensor=2",
+    ]
+    some = ("fsdp=4,tensor=2", "fsdp=2,data=2,tensor=2", "fsdp=1,data=4,tensor=2", "fsdp=8")
+    assert tried(*some) == ["fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=8"]
+    assert tried("fsdp=4", "fsdp=2,expert=2", "data=2,fsdp=2", "fsdp=1,expert=4")[2] == "expert=4"
+    assert tried("fsdp=4", "data=2,fsdp=2", "data=4,fsdp=1") == [
+        "fsdp=4",
+        "data=2,fsdp=2",
+        "data=4",
+    ]
+    assert tried("fsdp=4") == ["fsdp=4"]
+
+
+def test_the_quickest_of_three_is_planned(asked):
     quick, whole = trial.stages(REQUEST)
     assert quick.quick and not whole.quick
     assert quick.mesh == whole.mesh == "data=2,fsdp=2"
-    assert meshes(asked.requests) == ["fsdp=4", "data=2,fsdp=2", "data=4", "data=2,fsdp=2"]
+    assert meshes(asked.requests) == ["fsdp=4", "data=2,fsdp=2", "tensor=4", "data=2,fsdp=2"]
     reason = (
         "quickest of 3 compiled, of 4 that fit by estimate: "
-        "fsdp=4 3 s, data=2,fsdp=2 2 s, data=4 9 s"
+        "fsdp=4 3 s, data=2,fsdp=2 2 s, tensor=4 9 s"
     )
     assert quick.mesh_reason == whole.mesh_reason == reason
     assert whole.plan_seconds > 0
@@ -100,9 +121,9 @@ def test_what_does_not_fit_or_compile_is_not_taken(asked):
     asked.too_big.add("data=2,fsdp=2")
     asked.refused.add("fsdp=4")
     quick, whole = trial.stages(REQUEST)
-    assert quick.mesh == whole.mesh == "data=4"
+    assert quick.mesh == whole.mesh == "tensor=4"
     assert "data=2,fsdp=2 does not fit" in quick.mesh_reason
-    asked.too_big.update(("fsdp=4", "data=4"))
+    asked.too_big.update(("fsdp=4", "tensor=4"))
     asked.refused.clear()
     (only,) = trial.stages(REQUEST)
     assert not only.fits

@@ -1,26 +1,22 @@
 """Choosing a mesh by quick plans.
 
 Estimates (`proposal`) rank all meshes at once, but not those that are nearly as good as another.
-The first few are compiled as far as a quick plan needs; the one with the quickest step is taken.
+A few are compiled as far as a quick plan needs; the one with the quickest step is taken.
 """
 
 import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from olmax.models.presets import get_preset
 from olmax.planning import compilation, proposal, staged
+from olmax.sharding import MeshConfig
 
 if TYPE_CHECKING:
     from olmax.planning.plan import Plan
-
-TRIED = 3
-"""Meshes that are compiled. The best of all was among the first two by estimate in every sweep of
-docs/planning.md.
-"""
 
 
 def stages(request: dict[str, Any]) -> Generator["Plan"]:
@@ -47,7 +43,7 @@ def stages(request: dict[str, Any]) -> Generator["Plan"]:
     )
     mesh, reason, shown = proposal.text_of(proposed.mesh), proposed.reason, False
     if len(proposed.meshes) > 1:
-        mesh, plan = _quickest(request, [proposal.text_of(mesh) for mesh in proposed.meshes])
+        mesh, plan = _quickest(request, proposed.meshes)
         reason, shown = plan.mesh_reason, request["keep_program"] is None
         if shown:
             yield dataclasses.replace(plan, plan_seconds=time.monotonic() - start)
@@ -61,13 +57,22 @@ def stages(request: dict[str, Any]) -> Generator["Plan"]:
                 yield dataclasses.replace(plan, plan_seconds=time.monotonic() - start)
 
 
-def _quickest(request: dict[str, Any], meshes: list[str]) -> tuple[str, "Plan"]:
-    """The quickest of the first `TRIED` meshes, and its plan; one that does not fit only if none
-    does.
+def worth_trying(meshes: Sequence[MeshConfig]) -> list[MeshConfig]:
+    """Three of meshes that are ordered by estimate: the first two, which may be nearly as good as
+    each other, and the first that cuts products or experts in another way than these, where the
+    estimate is less sure.
     """
+    first = list(meshes[:2])
+    ways = {(mesh.tensor, mesh.expert) for mesh in first}
+    rest = sorted(meshes[2:], key=lambda mesh: (mesh.tensor, mesh.expert) in ways)
+    return first + rest[:1]
+
+
+def _quickest(request: dict[str, Any], possible: Sequence[MeshConfig]) -> tuple[str, "Plan"]:
+    """The quickest `worth_trying`, and its plan; one that does not fit only if none does."""
     plans: dict[str, Plan] = {}
     problem: compilation.MeshError | None = None
-    for mesh in meshes[:TRIED]:
+    for mesh in map(proposal.text_of, worth_trying(possible)):
         trial = request | dict(mesh=mesh, keep_program=None)
         try:
             with contextlib.closing(staged.stages(trial)) as running:
@@ -78,7 +83,7 @@ def _quickest(request: dict[str, Any], meshes: list[str]) -> tuple[str, "Plan"]:
         raise problem
     mesh, plan = min(plans.items(), key=_order)
     times = ", ".join(f"{name} {_seconds(other)}" for name, other in plans.items())
-    reason = f"quickest of {len(plans)} compiled, of {len(meshes)} that fit by estimate: {times}"
+    reason = f"quickest of {len(plans)} compiled, of {len(possible)} that fit by estimate: {times}"
     return mesh, dataclasses.replace(plan, mesh_reason=reason)
 
 
