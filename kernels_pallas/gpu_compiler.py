@@ -142,11 +142,12 @@ def available() -> bool:
 
 
 def compile_for(target: str, gpu: str = "h100", /, **options) -> GpuProgram:
-    """Compiles what `target` builds for one GPU.
+    """Compiles what `target` builds for one GPU, or for several by the shardings of its arguments.
 
     Args:
       target: `module:function`. The function gets `options` (JSON values) and returns a function of
-        arrays and a tuple of `jax.ShapeDtypeStruct`, its arguments.
+        arrays, jitted or not, and a tuple of trees of `jax.ShapeDtypeStruct`, its arguments. Those
+        without a sharding are on one GPU; `devices` has more of them.
       gpu: a key of `TARGETS`.
 
     Raises:
@@ -234,24 +235,35 @@ def cells(program: GpuProgram) -> Iterator[dict]:
         yield dict(metric=f"registers, `{name}`", value=registers, note=note)
 
 
+def devices(gpu: str, count: int) -> list:
+    """GPUs of one host to compile for: jax devices on which nothing runs. Only in the process that
+    compiles, for what builds a program there.
+    """
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGETS[gpu], topology=f"1x1x{count}"
+    )
+    return found.devices
+
+
 def _answer(request: dict) -> dict:
     """Compiles in this process; its environment was set by `compile_for`."""
     import jax
-    from jax.experimental import topologies
 
     from kernels_pallas import targets
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGETS[request["gpu"]], topology="1x1x1"
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    one = jax.sharding.SingleDeviceSharding(devices(request["gpu"], 1)[0])
     module, name = request["target"].split(":")
-    function, arguments = getattr(importlib.import_module(module), name)(**request["options"])
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
-    )
     with targets.compiling_for("gpu"):
-        traced = jax.jit(function).trace(*arguments)
+        build = getattr(importlib.import_module(module), name)
+        function, arguments = build(**request["options"])
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), arguments
+        )
+        # A jitted function keeps the options it was jitted with.
+        jitted = function if hasattr(function, "trace") else jax.jit(function)
+        traced = jitted.trace(*arguments)
     memory = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
     assert memory is not None
     return dict(
