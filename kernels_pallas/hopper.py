@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import targets
+
 DEPTH = 64
 """Of the contracted axis, in one slot: 128 bytes, the widest swizzle of shared memory."""
 GRANULE = 8
@@ -29,6 +31,20 @@ WORKERS = 2
 DTYPES = ("bfloat16", "float16")
 """Of the operands; products accumulate in float32."""
 H100_MULTIPROCESSORS = 132
+_CAPABILITY = "9.0"
+
+
+def check(op: str, interpret: Any) -> None:
+    """Raises a ValueError where a kernel is neither compiled for a Hopper GPU nor interpreted."""
+    targets.check_gpu(op, interpret)
+    if interpret or jax.default_backend() != "gpu":
+        return
+    found = jax.devices()[0].compute_capability
+    if found != _CAPABILITY:
+        raise ValueError(
+            f"{op}: implementation 'pallas_gpu' is for GPUs of compute capability {_CAPABILITY} "
+            f"(Hopper), this one has {found}; leave the implementation out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import hopper, targets
+from kernels_pallas import hopper
 from kernels_pallas.grouped_matmul import ragged
 from kernels_pallas.grouped_matmul.pallas_gpu_outer import outer
 from kernels_pallas.grouped_matmul.pallas_gpu_product import product
@@ -72,7 +72,7 @@ def grouped_swiglu(
 
 
 def _check(op: str, lhs, widths, interpret) -> None:
-    targets.check_gpu(op, interpret)
+    hopper.check(op, interpret)
     reason = unsupported(str(lhs.dtype), tuple(widths))
     if reason:
         raise ValueError(f"{op}: implementation 'pallas_gpu' {reason}")

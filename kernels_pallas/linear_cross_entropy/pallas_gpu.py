@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import hopper
-from kernels_pallas import targets as platforms
 from kernels_pallas.linear_cross_entropy.pallas_gpu_kernels import (
     ALIGN,
     TILE,
@@ -43,7 +42,7 @@ def linear_cross_entropy(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels_pallas.linear_cross_entropy.linear_cross_entropy`."""
-    platforms.check_gpu("linear_cross_entropy", interpret)
+    hopper.check("linear_cross_entropy", interpret)
     if x_TD.dtype not in hopper.DTYPES:
         raise ValueError(
             f"linear_cross_entropy: implementation 'pallas_gpu' takes x of {hopper.DTYPES}; "

@@ -3,6 +3,7 @@ to, and copies that leave their array; and the kernel compiled for an H100.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +159,13 @@ def test_it_is_for_gpus_sixteen_bits_and_some_widths_and_not_the_default():
         lowered = gradient.trace(w).lower(lowering_platforms=("cuda",))
         assert choose("bfloat16", (64, 64), gathers=False) == "tiled"
     assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_other_gpus_are_told_before_anything_is_compiled(monkeypatch):
+    ampere = types.SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [ampere])
+    with pytest.raises(ValueError, match=r"capability 9\.0 \(Hopper\), this one has 8\.0"):
+        hopper.check("grouped_matmul", interpret=False)
+    ampere.compute_capability = "9.0"
+    hopper.check("grouped_matmul", interpret=False)

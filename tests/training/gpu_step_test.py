@@ -10,15 +10,15 @@ from olmax.models.config import Execution
 from olmax.models.presets import get_preset
 from olmax.planning import compilation
 
-GPUS, BATCH, LENGTH = 8, 16, 512
+GPUS = 8
 
 
-def train_step(model: str, mesh: str, kernels: str | None):
+def train_step(model: str, mesh: str, kernels: str | None, batch_size: int = 16, length: int = 512):
     """For `kernels_pallas.gpu_compiler`; `kernels`: of experts and loss."""
     execution = Execution(compute_dtype="bfloat16", remat="full", experts=kernels, loss=kernels)
     on = sharding.make_mesh(sharding.MeshConfig.parse(mesh), gpu_compiler.devices("h100", GPUS))
-    step = compilation.build(get_preset(model), execution, on, tokens_per_step=BATCH * LENGTH)
-    batch = step.abstract_batch({"tokens": jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)})
+    step = compilation.build(get_preset(model), execution, on, tokens_per_step=batch_size * length)
+    batch = step.abstract_batch({"tokens": jax.ShapeDtypeStruct((batch_size, length), jnp.int32)})
     return step.step, (step.abstract_state, batch)
 
 
