@@ -29,7 +29,7 @@ from kernels_pallas.linear_cross_entropy.pallas_gpu_kernels import (
 from kernels_pallas.linear_cross_entropy.parts import columns_here, joined
 
 PART_BYTES = 256 * 2**20
-"""Of the gradient of the logits that exist at one time. With more, cuBLAS gains nothing."""
+"""Of the gradient of the logits that exist at one time: 8,192 columns of 16,384 tokens."""
 
 
 def linear_cross_entropy(
