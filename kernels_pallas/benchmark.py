@@ -11,7 +11,11 @@ import importlib.metadata
 import pathlib
 import pkgutil
 import platform
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
 
 import kernels_pallas
 
@@ -42,6 +46,17 @@ class Row:
     @property
     def ratio(self) -> float | None:
         return self.value / self.baseline if self.value is not None and self.baseline else None
+
+
+def best_seconds(run: Callable[..., Any], *arguments: Any, repeats: int = 10) -> float:
+    """The shortest of `repeats` runs on this machine's device, after one that is not counted."""
+    jax.block_until_ready(run(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def ops() -> list[str]:

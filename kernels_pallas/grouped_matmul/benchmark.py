@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import gpu_compiler
-from kernels_pallas.benchmark import Row
+from kernels_pallas.benchmark import Row, best_seconds
 from kernels_pallas.grouped_matmul import pallas_tpu, pallas_tpu_kernels
 from kernels_pallas.grouped_matmul.api import grouped_matmul, grouped_swiglu
 from kernels_pallas.schedule import CompilationError, Kernel, compile_for
@@ -205,8 +205,8 @@ def _gpu_rows() -> Iterator[Row]:
     yield row(jax.devices()[0].device_kind, "TFLOP/s", value, baseline, "tiled", note)
 
 
-def _gradient_speed(implementation: str, repeats: int = 10) -> float:
-    """TFLOP/s of `weight_gradient` on this machine's GPU, the best of `repeats`; a multinomial
+def _gradient_speed(implementation: str) -> float:
+    """TFLOP/s of `weight_gradient` on this machine's GPU, the best of ten; a multinomial
     draw of the groups' sizes.
     """
     run, shapes = weight_gradient(implementation)
@@ -218,14 +218,7 @@ def _gradient_speed(implementation: str, repeats: int = 10) -> float:
     )
     drawn = np.random.default_rng(0).multinomial(ROWS, np.ones(GROUPS) / GROUPS)
     arguments = (lhs, rhs, jnp.asarray(drawn, jnp.int32), d_out)
-    compiled = jax.jit(run).lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return 2 * ROWS * WIDTH * HIDDEN / min(seconds) / 1e12
+    return 2 * ROWS * WIDTH * HIDDEN / best_seconds(jax.jit(run), *arguments) / 1e12
 
 
 def bundles_per_tile(kernel: Kernel) -> int:

@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import re
-import time
 from collections.abc import Iterator
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from kernels_pallas import gpu_compiler
-from kernels_pallas.benchmark import Row
+from kernels_pallas.benchmark import Row, best_seconds
 from kernels_pallas.linear_cross_entropy import pallas_tpu
 from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy
 from kernels_pallas.schedule import ENVIRONMENT, TOPOLOGIES, Program, compile_for
@@ -162,8 +161,8 @@ def on_gpu(row) -> Iterator[Row]:
             )
 
 
-def _measured(implementation: str, repeats: int = 10) -> tuple[float, float]:
-    """Milliseconds, the best of `repeats`, and MiB of temporaries."""
+def _measured(implementation: str) -> tuple[float, float]:
+    """Milliseconds, the best of ten, and MiB of temporaries."""
     run, (x, w, targets) = forward_backward(implementation)
     keys = jax.random.split(jax.random.key(0), 3)
     arguments = (
@@ -172,12 +171,6 @@ def _measured(implementation: str, repeats: int = 10) -> tuple[float, float]:
         jax.random.randint(keys[2], targets.shape, 0, VOCAB),
     )
     compiled = jax.jit(run).lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
     memory = compiled.memory_analysis()
     assert memory is not None
-    return 1e3 * min(seconds), memory.temp_size_in_bytes / 2**20
+    return 1e3 * best_seconds(compiled, *arguments), memory.temp_size_in_bytes / 2**20

@@ -2,6 +2,7 @@
 
 from kernels_pallas import benchmark
 from kernels_pallas.benchmark import Row
+from kernels_pallas.grouped_matmul import benchmark as grouped_matmul
 
 
 def test_an_op_replaces_its_own_rows_alone(tmp_path, monkeypatch):
@@ -28,3 +29,15 @@ def test_rows_show_ratios_and_what_could_not_run():
 
 def test_every_op_with_a_benchmark_is_found():
     assert "attention" in benchmark.ops()
+
+
+def test_the_first_run_is_not_timed():
+    calls = []
+    seconds = benchmark.best_seconds(lambda *call: calls.append(call) or 0, 1, 2, repeats=3)
+    assert calls == [(1, 2)] * 4 and seconds >= 0
+
+
+def test_the_speed_of_a_weight_gradient_is_measured_on_any_device(monkeypatch):
+    for name, size in dict(ROWS=64, GROUPS=2, WIDTH=16, HIDDEN=8).items():
+        monkeypatch.setattr(grouped_matmul, name, size)
+    assert grouped_matmul._gradient_speed("tiled") > 0
