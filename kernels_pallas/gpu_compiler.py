@@ -31,7 +31,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from kernels_pallas.schedule import CompilationError
+from kernels_pallas.schedule import CompilationError, memory_of, one_named
 
 TARGETS = {
     "h100": """
@@ -118,11 +118,7 @@ class GpuProgram:
 
     def kernel(self, part: str) -> GpuKernel:
         """The one kernel whose name contains `part`."""
-        found = [kernel for kernel in self.kernels if part in kernel.name]
-        if len(found) != 1:
-            names = [kernel.name for kernel in self.kernels]
-            raise LookupError(f"{len(found)} kernels named like {part!r} among {names}")
-        return found[0]
+        return one_named(self.kernels, part)
 
 
 def folder() -> pathlib.Path:
@@ -264,13 +260,7 @@ def _answer(request: dict) -> dict:
         # A jitted function keeps the options it was jitted with.
         jitted = function if hasattr(function, "trace") else jax.jit(function)
         traced = jitted.trace(*arguments)
-    memory = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
-    assert memory is not None
-    return dict(
-        temp_bytes=memory.temp_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-    )
+    return memory_of(traced.lower(lowering_platforms=("cuda",)).compile())
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 """A small topology of every generation the kernels are compiled for."""
@@ -84,11 +86,31 @@ class Program:
 
     def kernel(self, part: str) -> Kernel:
         """The one kernel whose name contains `part`."""
-        found = [kernel for kernel in self.kernels if part in kernel.name]
-        if len(found) != 1:
-            names = [kernel.name for kernel in self.kernels]
-            raise LookupError(f"{len(found)} kernels named like {part!r} among {names}")
-        return found[0]
+        return one_named(self.kernels, part)
+
+
+def one_named(kernels: Sequence[Any], part: str) -> Any:
+    """The one of the kernels whose name contains `part`.
+
+    Raises:
+      LookupError: none does, or several.
+    """
+    found = [kernel for kernel in kernels if part in kernel.name]
+    if len(found) != 1:
+        names = [kernel.name for kernel in kernels]
+        raise LookupError(f"{len(found)} kernels named like {part!r} among {names}")
+    return found[0]
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes of a device that a compiled program takes, by the names of a `Program`'s fields."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return dict(
+        temp_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+    )
 
 
 def libtpu_version() -> str | None:
@@ -248,14 +270,7 @@ def _answer(request: dict) -> dict:
     )
     with targets.compiling_for("tpu"):
         traced = jax.jit(function).trace(*arguments)
-    lowered = traced.lower(lowering_platforms=("tpu",))
-    memory = lowered.compile().memory_analysis()
-    assert memory is not None
-    return dict(
-        temp_bytes=memory.temp_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-    )
+    return memory_of(traced.lower(lowering_platforms=("tpu",)).compile())
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import schedule
 from kernels_pallas.attention import masks, pallas_tpu
+from kernels_pallas.attention.api import attention
 from kernels_pallas.benchmark import Row
 
 PRODUCTION: dict[str, Any] = dict(batch=4, length=4096, heads=16, head_dim=128)
@@ -66,6 +67,21 @@ def ours(
         return run_backward(q, k, v, ids, out, lse, d_out, d_lse, settings)
 
     return run, (q, kv, kv, ids, q, row, q, row)
+
+
+def for_gpus(implementation: str):
+    """Causal attention forward and backward at `PRODUCTION`; for `kernels_pallas.gpu_compiler`."""
+    sizes = (PRODUCTION[name] for name in ("batch", "length", "heads", "head_dim"))
+    q = jax.ShapeDtypeStruct(tuple(sizes), jnp.bfloat16)
+
+    def run(q, k, v, d_out):
+        def forward(q, k, v):
+            return attention(q, k, v, causal=True, implementation=implementation)
+
+        out, pull = jax.vjp(forward, q, k, v)
+        return out, pull(d_out)
+
+    return run, (q, q, q, q)
 
 
 def splash(
