@@ -4,7 +4,7 @@
 given mesh, each in a process of its own whose time and memory are measured.
 `python -m experiments.olmo2.plan_table meshes --model olmo2-1b --topology v5e:4x4 --batch-size 64`
 compiles every way to cut the chips over data, fsdp and tensor and marks the proposed one.
-With `--quick` no compilation goes on to machine code (`olmax plan --quick`).
+With `--quick` no compilation goes on to the compiler's own times (`olmax plan --quick`).
 Rows are kept in a file; those that are there are not made again.
 """
 
@@ -41,7 +41,7 @@ class Models:
     models: tuple[str, ...] = MODELS
     topologies: tuple[str, ...] = TOPOLOGIES
     quick: bool = False
-    """Estimate times from FLOPs and bytes, in seconds instead of minutes a plan."""
+    """Estimate times from FLOPs and bytes, in seconds instead of a minute or two a plan."""
 
     def run(self) -> Table:
         """Makes the missing rows."""
@@ -94,7 +94,7 @@ class Meshes:
     batch_size: int = 64
     sequence_length: int = 4096
     quick: bool = False
-    """Estimate times from FLOPs and bytes, in seconds instead of minutes a mesh."""
+    """Estimate times from FLOPs and bytes, in seconds instead of a minute or two a mesh."""
     output: pathlib.Path = pathlib.Path("runs/plan_meshes.json")
     """Rows made so far."""
 

@@ -72,20 +72,20 @@ def _product_backward(expected_rows, transpose_rhs, dtype, residuals, d_out_MN):
         rhs_P = step.matrices(rhs, lhs.dtype)
 
         def tile(tile, carry):
-            d_lhs, d_rhs_P = carry
+            d_lhs, d_rhs = carry
             lhs_PRK = tile.own(tile.gathered(lhs, rows_M))
             d_out_PRN = tile.own(tile.rows_of(d_out_MN))
             d_lhs = tile.add(d_lhs, matmul(d_out_PRN, rhs_P), rows_M)
             first, second = (d_out_PRN, lhs_PRK) if transpose_rhs else (lhs_PRK, d_out_PRN)
-            return d_lhs, d_rhs_P + _sum_of_outer(first, second)
+            return d_lhs, step.add(d_rhs, _sum_of_outer(first, second))
 
-        d_lhs, d_rhs = carry
-        d_lhs, d_rhs_P = step.fold(tile, (d_lhs, jnp.zeros(rhs_P.shape, jnp.float32)))
-        return d_lhs, step.put(d_rhs, d_rhs_P)
+        return step.fold(tile, carry)
 
     tiles = Tiles(group_sizes_G, d_out_MN.shape[0], expected_rows)
-    d_lhs, d_rhs = tiles.fold(step, (_gradient(lhs, rows_M), jnp.zeros(rhs.shape, rhs.dtype)))
-    return d_lhs.astype(lhs.dtype), d_rhs, *_no_gradient(group_sizes_G, rows_M)
+    init = (_gradient(lhs, rows_M), jnp.zeros(rhs.shape, jnp.float32))
+    d_lhs, d_rhs = tiles.fold(step, init)
+    no_gradient = _no_gradient(group_sizes_G, rows_M)
+    return d_lhs.astype(lhs.dtype), d_rhs.astype(rhs.dtype), *no_gradient
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -123,24 +123,22 @@ def _swiglu_backward(expected_rows, residuals, d_h_MF):
         gate_up_PKC = step.matrices(gate_up_GCKF, x_TK.dtype, _side_by_side)
 
         def tile(tile, carry):
-            d_x, d_gate_up_PKC = carry
+            d_x, d_gate_up = carry
             d_h_PRF = tile.own(tile.rows_of(d_h_MF)).astype(jnp.float32)
             gate_up_PRC = tile.own(tile.rows_of(gate_up_MC)).astype(jnp.float32)
             d_PRC = _d_silu_times(gate_up_PRC, d_h_PRF).astype(x_TK.dtype)
             d_PRC = jax.lax.optimization_barrier(d_PRC)
             d_x = tile.add(d_x, _matmul_transposed(d_PRC, gate_up_PKC), rows_M)
             x_PRK = tile.own(tile.gathered(x_TK, rows_M))
-            return d_x, d_gate_up_PKC + _sum_of_outer(x_PRK, d_PRC)
+            return d_x, step.add(d_gate_up, _apart(_sum_of_outer(x_PRK, d_PRC)))
 
-        d_x, d_gate_up = carry
-        zeros_PKC = jnp.zeros(gate_up_PKC.shape, jnp.float32)
-        d_x, d_gate_up_PKC = step.fold(tile, (d_x, zeros_PKC))
-        return d_x, step.put(d_gate_up, _apart(d_gate_up_PKC))
+        return step.fold(tile, carry)
 
     tiles = Tiles(group_sizes_G, d_h_MF.shape[0], expected_rows)
-    init = (_gradient(x_TK, rows_M), jnp.zeros(gate_up_GCKF.shape, gate_up_GCKF.dtype))
+    init = (_gradient(x_TK, rows_M), jnp.zeros(gate_up_GCKF.shape, jnp.float32))
     d_x, d_gate_up = tiles.fold(step, init)
-    return d_x.astype(x_TK.dtype), d_gate_up, *_no_gradient(group_sizes_G, rows_M)
+    no_gradient = _no_gradient(group_sizes_G, rows_M)
+    return d_x.astype(x_TK.dtype), d_gate_up.astype(gate_up_GCKF.dtype), *no_gradient
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -64,12 +64,13 @@ class Step:
         matrices_P = rhs.at[self.group_P].get(mode="promise_in_bounds")
         return jax.lax.optimization_barrier(arrange(matrices_P).astype(dtype))
 
-    def put(self, out, matrices) -> jax.Array:
-        """`out` [G, ...] with the groups' matrices [P, ...]."""
-        # A group that is repeated comes first: the last word is the one that has its rows.
-        for p in reversed(range(ABREAST)):
-            matrix = matrices[p].astype(out.dtype)
-            out = jax.lax.dynamic_update_index_in_dim(out, matrix, self.group_P[p], 0)
+    def add(self, out, matrices) -> jax.Array:
+        """`out` [G, ...] with matrices added to the groups', zeros where one is repeated."""
+        for p in range(ABREAST):
+            old = jax.lax.dynamic_index_in_dim(out, self.group_P[p], 0, keepdims=False)
+            out = jax.lax.dynamic_update_index_in_dim(out, old + matrices[p], self.group_P[p], 0)
+            # Or XLA joins the updates of several groups, no longer in place, and copies `out`.
+            out = jax.lax.optimization_barrier(out)
         return out
 
     def fold(self, tile: Callable[["Tile", Any], Any], init: Any) -> Any:

@@ -196,7 +196,7 @@ class Launch:
                 f"{duration(plan['days'])}, ${plan['price']:,.0f}"
             )
         if plan.get("quick"):
-            verdict += " (a quick plan: machine code not made)"
+            verdict += " (a quick plan: machine code of kernels not made)"
         return verdict
 
     def _show(self, rendered: Any) -> None:

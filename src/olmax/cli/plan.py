@@ -12,8 +12,8 @@ class Plan:
 
     The real train step is compiled for the slice on this machine's CPU (package libtpu, extra
     `tpu`) and the answers are read out of the compiled program. A quick plan is there in seconds,
-    with estimated times; the whole one, with the compiler's own, takes minutes. Interrupted in
-    between, the quick one is what is written.
+    with estimated times; the whole one, with the compiler's own, takes a minute or two. Interrupted
+    in between, the quick one is what is written.
 
     Examples: olmax plan --model olmo2-7b --topology v5p:4x4x4 --batch-size 64 --output plan.json
     ; olmax plan --compare a.json b.json
@@ -45,6 +45,9 @@ class Plan:
     quick: bool = False
     """Be content with the quick plan: the compiler's memory and collectives, times estimated from
     FLOPs and bytes."""
+    machine_code: bool = False
+    """Wait for the machine code of all operations, not of kernels alone: minutes, for the exact
+    size of the code."""
     output: str | None = None
     """plan.json to write."""
     html: str | None = None
@@ -70,6 +73,8 @@ class Plan:
             for table in comparison(load(self.compare[0]), load(self.compare[1]), self.compare):
                 console.print(table.rich())
             return
+        if self.quick and self.machine_code:
+            raise UserError("--quick stops before machine code; leave it or --machine-code out")
         missing = [
             f"--{name.replace('_', '-')}"
             for name in ("model", "topology", "batch_size")
@@ -97,10 +102,12 @@ class Plan:
             tokens=self.tokens,
             price_per_chip_hour=self.price_per_chip_hour,
             keep_program=self.program,
+            machine_code=self.machine_code,
         )
         plan, interrupted = _last(
             plans,
             quick=self.quick,
+            machine_code=self.machine_code,
             doing="compiling" if self.mesh else "comparing meshes",
         )
         from olmax.planning import view
@@ -124,29 +131,41 @@ class Plan:
             raise KeyboardInterrupt
 
 
-def _last(plans: Generator[dict], *, quick: bool, doing: str = "compiling") -> tuple[dict, bool]:
-    """The last of the plans that come, or the first; and whether one was not waited for."""
+def _last(
+    plans: Generator[dict],
+    *,
+    quick: bool = False,
+    machine_code: bool = False,
+    doing: str = "compiling",
+) -> tuple[dict, bool]:
+    """The last of the plans that are asked for, and whether a better one was not waited for."""
     from rich.console import Console
 
     from olmax.planning import view
 
+    better = [] if quick else ["the compiler's own times"]
+    if machine_code:
+        better.append("the machine code of everything")
     progress = Console(stderr=True, soft_wrap=True)
     with contextlib.closing(plans), progress.status(doing) as status:
         plan = next(plans)
-        if quick or not plan["quick"]:
-            return plan, False
-        progress.print(view.summary_text(plan), highlight=False, markup=False)
-        progress.print("now machine code, for the compiler's own times; ctrl-c keeps this plan")
-        status.update("compiling machine code")
-        try:
-            return next(plans), False
-        except KeyboardInterrupt:
-            return plan, True
+        for what in better:
+            ended = plan["machine_code"] or plan["step_seconds"] is None
+            if ended:
+                break
+            progress.print(view.summary_text(plan), highlight=False, markup=False)
+            progress.print(f"now {what}; ctrl-c keeps this plan")
+            status.update(f"compiling, for {what}")
+            try:
+                plan = next(plans)
+            except KeyboardInterrupt:
+                return plan, True
+        return plan, False
 
 
 def make(model: str, topology: str, *, slices: int = 1, outputs=(), **settings) -> Generator[dict]:
-    """Plans as plain JSON types, quick and whole (see `olmax.planning.trial.stages`); checks
-    `outputs` first.
+    """Plans as plain JSON types, each better than the last (see `olmax.planning.trial.stages`);
+    checks `outputs` first.
 
     Args:
       model: name of an architecture.

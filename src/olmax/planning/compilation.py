@@ -19,7 +19,7 @@ from olmax import sharding
 from olmax.errors import UserError
 from olmax.models.config import DecoderConfig, Execution
 from olmax.models.decoder import Decoder
-from olmax.planning import optimised
+from olmax.planning import lowering, optimised
 from olmax.training.objectives import NextToken
 from olmax.training.optimizers import AdamWConfig
 from olmax.training.schedules import ScheduleConfig
@@ -45,7 +45,9 @@ class CompiledStep:
     text: str
     """The optimised program; empty when it was refused."""
     timed: bool
-    """Whether the program has the compiler's estimated cycles, which come with machine code."""
+    """Whether the program has the compiler's estimated cycles."""
+    machine_code: bool
+    """Whether all of it was made, and its size is known."""
     total_bytes: int
     """Arguments, temporaries and code."""
     temporary_bytes: int
@@ -53,6 +55,11 @@ class CompiledStep:
     compile_seconds: float
     refused: str | None = None
     """The compiler's reason when the program does not fit the device's memory."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the compiler has nothing more to say."""
+        return self.machine_code or self.refused is not None
 
 
 def build(
@@ -97,7 +104,14 @@ def compile_step(step: TrainStep, batch_size: int, seq_len: int) -> CompiledStep
 class Compilation:
     """A step that is compiled in a thread; ends with the process, not before."""
 
-    def __init__(self, step: TrainStep, batch_size: int, seq_len: int, dump: pathlib.Path):
+    def __init__(
+        self,
+        step: TrainStep,
+        batch_size: int,
+        seq_len: int,
+        dump: pathlib.Path,
+        log: pathlib.Path,
+    ):
         """Starts it.
 
         Args:
@@ -105,9 +119,11 @@ class Compilation:
           batch_size: sequences of one update.
           seq_len: tokens of a sequence.
           dump: folder that this process was told to dump programs to (`optimised.flags`).
+          log: where its standard error goes, with what `lowering.environment` makes of it.
         """
         self._start = time.monotonic()
         self._dump = dump
+        self._log = log
         lowered, self._arguments = _lowered(step, batch_size, seq_len)
         self._compiled: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
@@ -131,13 +147,27 @@ class Compilation:
                 return self.finished()
             found = optimised.read(self._dump)
             if found is not None:
-                return CompiledStep(
-                    found.text,
-                    timed=False,
-                    total_bytes=found.total_bytes + _CODE_BYTES,
-                    temporary_bytes=found.total_bytes - self._arguments,
-                    compile_seconds=time.monotonic() - self._start,
-                )
+                return _without_code(found, found.text, False, self._arguments, self._start)
+
+    def timed(self) -> CompiledStep:
+        """Waits for the estimated cycles of all operations and the machine code of all kernels; or
+        for the end, if that comes first.
+
+        Raises:
+          MeshError: the compiler refuses it for another reason than memory.
+        """
+        found = optimised.read(self._dump)
+        names = found.largest if found is not None else ()
+        log = lowering.Log()
+        with self._log.open(errors="replace") as lines:
+            while True:
+                with contextlib.suppress(concurrent.futures.TimeoutError):
+                    self._compiled.exception(timeout=_POLL_SECONDS)
+                    return self.finished()
+                log.read(lines.read())
+                if found is not None and log.complete(names):
+                    text = log.annotated(found.text)
+                    return _without_code(found, text, True, self._arguments, self._start)
 
     def finished(self) -> CompiledStep:
         """Waits for the end.
@@ -173,8 +203,22 @@ def _compiled(compiled: Any, start: float) -> CompiledStep:
     return CompiledStep(
         compiled.as_text(),
         timed=True,
+        machine_code=True,
         total_bytes=total,
         temporary_bytes=memory.temp_size_in_bytes,
+        compile_seconds=time.monotonic() - start,
+    )
+
+
+def _without_code(
+    found: optimised.Optimised, text: str, timed: bool, arguments: int, start: float
+) -> CompiledStep:
+    return CompiledStep(
+        text,
+        timed=timed,
+        machine_code=False,
+        total_bytes=found.total_bytes + _CODE_BYTES,
+        temporary_bytes=found.total_bytes - arguments,
         compile_seconds=time.monotonic() - start,
     )
 
@@ -188,6 +232,7 @@ def _refused(error: Exception, arguments: int, start: float) -> CompiledStep:
     return CompiledStep(
         "",
         timed=False,
+        machine_code=False,
         total_bytes=size,
         temporary_bytes=0,
         compile_seconds=time.monotonic() - start,

@@ -8,6 +8,8 @@ import dataclasses
 import pathlib
 import re
 
+from olmax.planning import program
+
 # The name of the jitted function, which the dumped files carry.
 _STEP = "jit_step"
 
@@ -28,6 +30,32 @@ class Optimised:
     """In the form of `Compiled.as_text()`, without estimated cycles."""
     total_bytes: int
     """Arguments and temporaries in HBM, one device."""
+
+    @property
+    def largest(self) -> frozenset[str]:
+        """Names of the products and kernels, which take the compiler longest."""
+        read = program.parse(self.text)
+        # A fused computation stands in front of what calls it.
+        products: set[str] = set()
+        names = set()
+        for computation in read.computations.values():
+            for instruction in computation.instructions:
+                if instruction.opcode == "fusion":
+                    multiplies = not products.isdisjoint(instruction.called.get("calls", ()))
+                else:
+                    multiplies = instruction.opcode in ("convolution", "dot")
+                if multiplies:
+                    products.add(computation.name)
+                if multiplies or "tpu_custom_call" in instruction.text:
+                    names.add((computation.name, instruction.name))
+        fused = {
+            name
+            for computation in read.computations.values()
+            for instruction in computation.instructions
+            if instruction.opcode == "fusion"
+            for name in instruction.called.get("calls", ())
+        }
+        return frozenset(name for computation, name in names if computation not in fused)
 
 
 def flags(folder: pathlib.Path) -> str:

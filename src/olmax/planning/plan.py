@@ -97,6 +97,8 @@ class Plan:
     plan_seconds: float
     quick: bool = False
     """Whether the times are estimated from FLOPs and bytes, not by the compiler."""
+    machine_code: bool = True
+    """Whether the compiler made all of it, so that its size is known."""
 
 
 def plan(
@@ -112,6 +114,7 @@ def plan(
     price_per_chip_hour: float | None = None,
     keep_program: str | None = None,
     quick: bool = False,
+    machine_code: bool = False,
 ) -> Plan:
     """Compiles one training step for `topology` and reads the plan out of it.
 
@@ -128,6 +131,8 @@ def plan(
       keep_program: file to write the compiled program's text to.
       quick: stop the compiler before machine code. Memory and collectives are its own; the time of
         an operation is estimated from its FLOPs and bytes.
+      machine_code: wait for all machine code, several times as long; otherwise that of kernels is
+        enough, and the estimated cycles of everything else.
 
     Raises:
       UserError: the input does not fit together, or libtpu is missing.
@@ -143,14 +148,14 @@ def plan(
         tokens=tokens,
         price_per_chip_hour=price_per_chip_hour,
         keep_program=keep_program,
+        machine_code=machine_code,
     )
-    if quick or mesh is None:
-        with contextlib.closing(trial.stages(request)) as stages:
-            first = next(stages)
-            return first if quick or not first.quick else next(stages)
-    prepared = prepare(**request)
-    compiled = compilation.compile_step(prepared.step, batch_size, sequence_length)
-    return answer(prepared, compiled)
+    with contextlib.closing(trial.stages(request)) as stages:
+        made = next(stages)
+        if not quick:
+            for made in stages:  # noqa: B007
+                pass
+        return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +176,7 @@ class Prepared:
     tokens: float
     price_per_chip_hour: float
     keep_program: str | None
+    machine_code: bool
 
 
 def prepare(
@@ -185,6 +191,7 @@ def prepare(
     tokens: float,
     price_per_chip_hour: float | None,
     keep_program: str | None,
+    machine_code: bool = False,
     mesh_reason: str = "given",
 ) -> Prepared:
     """Checks what `plan` is asked, and builds the step.
@@ -233,6 +240,7 @@ def prepare(
         tokens=tokens,
         price_per_chip_hour=hourly,
         keep_program=keep_program,
+        machine_code=machine_code,
     )
 
 
@@ -322,6 +330,7 @@ def answer(prepared: Prepared, compiled: compilation.CompiledStep) -> Plan:
         compile_seconds=compiled.compile_seconds,
         plan_seconds=time.monotonic() - prepared.start,
         quick=quick,
+        machine_code=compiled.machine_code,
         **fields,
     )
 

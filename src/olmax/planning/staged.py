@@ -1,5 +1,5 @@
 """A plan in two stages: a quick one in seconds, when the compiler has the program, and the whole
-one in minutes, when it has the machine code.
+one when it has the cycles of every operation; or, minutes later, all machine code.
 
 A compilation cannot be stopped within a process, so one that can be killed does it.
 """
@@ -18,16 +18,20 @@ from collections.abc import Generator, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 from olmax.errors import UserError
-from olmax.planning import optimised
+from olmax.planning import lowering, optimised
 
 if TYPE_CHECKING:
     from olmax.planning.plan import Plan
 
+# What the compiling process writes to its standard error.
+_LOG = "log.txt"
+
 
 def stages(request: dict[str, Any]) -> Generator["Plan"]:
-    """The quick plan and then the whole one; closing the iterator stops the compiler.
+    """The quick plan, the whole one and, where the request says `machine_code`, the same with all
+    of that made; closing the iterator stops the compiler.
 
-    Only one comes if the compiler is done, or refuses the program, before the quick one is.
+    If the compiler is done, or refuses the program, before one of these is, that is the last.
 
     Args:
       request: arguments of `olmax.planning.plan.prepare`.
@@ -39,7 +43,7 @@ def stages(request: dict[str, Any]) -> Generator["Plan"]:
     start = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="olmax-plan-") as folder,
-        tempfile.TemporaryFile() as errors,
+        (pathlib.Path(folder) / _LOG).open("w+b") as errors,
         _process(pathlib.Path(folder), request, errors) as answers,
     ):
         while True:
@@ -47,13 +51,13 @@ def stages(request: dict[str, Any]) -> Generator["Plan"]:
                 answer = pickle.load(answers)
             except EOFError:
                 errors.seek(0)
-                text = errors.read().decode(errors="replace")
+                text = lowering.without_log(errors.read().decode(errors="replace"))
                 raise RuntimeError(f"planning failed:\n{text[-2000:]}") from None
             if isinstance(answer, UserError):
                 raise answer
-            yield dataclasses.replace(answer, plan_seconds=time.monotonic() - start)
-            if not answer.quick:
+            if answer is None:
                 return
+            yield dataclasses.replace(answer, plan_seconds=time.monotonic() - start)
 
 
 @contextlib.contextmanager
@@ -63,6 +67,7 @@ def _process(
     """Starts `_main` and gives what it answers; kills it in the end."""
     environment = {
         **os.environ,
+        **lowering.environment(os.environ),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(sys.path),
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {optimised.flags(folder)}",
@@ -98,12 +103,21 @@ def _main(folder: str) -> None:
     try:
         prepared = prepare(**pickle.load(sys.stdin.buffer))
         running = compilation.Compilation(
-            prepared.step, prepared.batch_size, prepared.sequence_length, pathlib.Path(folder)
+            prepared.step,
+            prepared.batch_size,
+            prepared.sequence_length,
+            dump=pathlib.Path(folder),
+            log=pathlib.Path(folder) / _LOG,
         )
-        first = answer(prepared, running.optimised())
-        send(first)
-        if first.quick:
-            send(answer(prepared, running.finished()))
+        waits = [running.optimised, running.timed]
+        if prepared.machine_code:
+            waits.append(running.finished)
+        for wait in waits:
+            compiled = wait()
+            send(answer(prepared, compiled))
+            if compiled.ended:
+                break
+        send(None)
     except UserError as error:
         send(error)
     except BaseException:

@@ -68,8 +68,8 @@ def summary(plan: dict[str, Any]) -> Table:
         rows.append(
             [
                 "quick",
-                "memory and collectives as compiled; times from FLOPs and bytes; machine code not "
-                "made, so whether it can be is not known",
+                "memory and collectives as compiled; times from FLOPs and bytes; machine code of "
+                "kernels not made, so whether it can be is not known",
             ]
         )
     if plan["step_seconds"] is not None:
