@@ -30,3 +30,33 @@ def test_memory_is_that_of_the_device_without_threads_and_other_spaces():
     assert optimised._hbm_bytes(report) == 1100
     with pytest.raises(ValueError, match="no allocation"):
         optimised._hbm_bytes("")
+
+
+def test_the_largest_are_products_and_kernels_as_the_compiler_meets_them():
+    text = """HloModule jit_step, is_scheduled=true
+
+%inner (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %convolution.1 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%outer (b: bf16[8,8]) -> bf16[8,8] {
+  %b = bf16[8,8]{1,0} parameter(0)
+  ROOT %nested = bf16[8,8]{1,0} fusion(%b), kind=kOutput, calls=%inner
+}
+
+%scaled (c: bf16[8,8]) -> bf16[8,8] {
+  %c = bf16[8,8]{1,0} parameter(0)
+  ROOT %multiply.1 = bf16[8,8]{1,0} multiply(%c, %c)
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  %fusion.1 = bf16[8,8]{1,0} fusion(%x), kind=kOutput, calls=%outer
+  %fusion.2 = bf16[8,8]{1,0} fusion(%fusion.1), kind=kLoop, calls=%scaled
+  %kernel.3 = bf16[8,8]{1,0} custom-call(%fusion.2), custom_call_target="tpu_custom_call"
+  ROOT %convolution.4 = bf16[8,8]{1,0} convolution(%kernel.3, %x), dim_labels=bf_io->bf
+}
+"""
+    found = optimised.Optimised(text, 0)
+    assert found.largest == {"fusion.1", "kernel.3", "convolution.4"}
