@@ -24,7 +24,7 @@ def ladder(data_dir, tmp_path):
 
 
 def test_scores_are_printed_and_stored(ladder, tmp_path, monkeypatch, capsys):
-    plan = {"tokens": 3.9e12, "price": 1e6, "step_seconds": 1.0, "quick": False}
+    plan = {"tokens": 3.9e12, "price": 1e6, "step_seconds": 1.0, "machine_code": True}
     monkeypatch.setattr(verb, "make", lambda *args, **kwargs: (dict(each) for each in [plan]))
     monkeypatch.setattr(view, "summary_text", lambda plan: "summary")
     output = tmp_path / "plan.json"
